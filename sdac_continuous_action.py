@@ -1,0 +1,666 @@
+"""Soft Diffusion Actor-Critic (SDAC): online reinforcement learning with a diffusion policy, in one file.
+
+The policy is a diffusion model of π(a|s) ∝ exp(Q(s, a) / λ). It is trained by reweighted score matching (RSM),
+which needs the critic Q and nothing else: no sample of π, no gradient through the sampling chain.
+
+    python sdac_continuous_action.py --env-id Humanoid-v4 --cuda     # train; curves: tensorboard --logdir runs
+    python sdac_continuous_action.py --env-id Humanoid-v4 --evaluate runs/<run name>/model.pt --capture-video
+
+Paper: Ma, Chen, Wang, Li, Dai, "Efficient Online Reinforcement Learning for Diffusion Policy", ICML 2025,
+arXiv 2502.00361. The same file with a Gaussian policy is sac_continuous_action.py: diff the two.
+
+Notation: s observation, a action in [-1, 1]^d, ε standard normal noise, a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action.
+Shapes:   B batch, d action dimension, T denoising steps, K particles, M reverse samples, H hidden width.
+"""
+
+import csv
+import difflib
+import math
+import os
+import sys
+import time
+import warnings
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LAMBDA_PER_ALPHA = 1 / 5  # λ = α / 5, so that λ starts at 1
+INITIAL_ALPHA = 5.0
+TARGET_ENTROPY_PER_DIMENSION = -0.9
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem  # the name of this experiment
+    seed: int = 1  # seed of the networks, the sampling and the environments
+    torch_deterministic: bool = True  # ask PyTorch for deterministic kernels where it has them
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "sdac"  # the W&B project
+    wandb_entity: str | None = None  # the W&B team
+    capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
+    save_model: bool = True  # write model.pt into the run folder at the end
+    evaluate: str | None = None  # evaluate this model.pt (or its run folder) instead of training
+    compile: bool = False  # torch.compile the networks: a slower start, faster updates
+
+    env_id: str = "HalfCheetah-v4"  # the Gymnasium task
+    total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
+    num_envs: int = 5  # environments in parallel; one update follows each vector step
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    learning_starts: int = 30_000  # warm-up: environment steps of uniformly random actions
+    eval_frequency: int | None = None  # environment steps between evaluations (default: 20 evaluations a run)
+    eval_episodes: int = 20  # episodes of an evaluation
+
+    gamma: float = 0.99  # discount factor γ
+    tau: float = 0.005  # rate of the moving averages (target critics, policy that acts)
+    batch_size: int = 256  # transitions in an update
+    policy_lr: float = 3e-4  # learning rate of the policy, before its decay
+    q_lr: float = 3e-4  # learning rate of the critics
+    policy_frequency: int = 2  # updates per policy update
+    target_network_frequency: int = 2  # updates per step of the moving averages
+    reward_scale: float = 0.2  # rewards are multiplied by this before they reach the critics
+    alpha_lr: float = 7e-3  # learning rate of log α
+    alpha_frequency: int = 250  # updates per step of log α
+
+    denoising_steps: int = 20  # T, steps of the diffusion
+    num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
+    num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
+    reverse_proposal: Literal["truncate", "clip"] = "truncate"  # how reverse samples are kept in the box
+    weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
+    beta_scale: float = 0.8  # scale of the noise schedule β
+    noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
+
+
+def fail(message):
+    """Bad input: one sentence on stderr and exit status 2, before anything is written."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_env(env_id, render_mode=None):
+    """The task with actions rescaled, dimension by dimension, from its own bounds to [-1, 1]."""
+    env = gym.make(env_id, render_mode=render_mode)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def make_vector_env(env_fns):
+    # With SAME_STEP an episode's true last observation is in infos["final_obs"], and no step is spent on the reset.
+    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def final_observations(next_obs, infos):
+    """Observations that the actions led to: of an episode that ended, its last one, not the first after the reset."""
+    next_obs = next_obs.copy()
+    for i in np.flatnonzero(infos.get("_final_obs", [])):
+        next_obs[i] = infos["final_obs"][i]
+    return next_obs
+
+
+class NoiseSchedule:
+    """Variance-preserving diffusion with T steps (DDPM: Ho et al., 2020). t is an index 0..T-1, or a tensor of
+    indices that broadcasts against the actions."""
+
+    def __init__(self, num_steps, beta_scale, device=None, dtype=torch.float32):
+        beta = beta_scale * torch.linspace(1e-4, 0.999, num_steps, dtype=torch.float64)
+        alpha_bar = torch.cumprod(1 - beta, 0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])  # ᾱ_{t-1}
+        to = lambda x: x.to(device, dtype)  # noqa: E731
+        self.num_steps = num_steps
+        self.signal = to(alpha_bar.sqrt())  # √ᾱ_t
+        self.noise = to((1 - alpha_bar).sqrt())  # √(1-ᾱ_t)
+        self.posterior_a0 = to(previous.sqrt() * beta / (1 - alpha_bar))
+        self.posterior_at = to((1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar))
+        self.posterior_std = to((beta * (1 - previous) / (1 - alpha_bar)).sqrt())
+
+    def add_noise(self, a_0, eps, t):
+        """Forward process: a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε."""
+        return self.signal[t] * a_0 + self.noise[t] * eps
+
+    def predict_a0(self, a_t, eps, t):
+        """The a_0 that noise ε takes to a_t: the forward process solved for a_0."""
+        return (a_t - self.noise[t] * eps) / self.signal[t]
+
+    def posterior_mean(self, a_0, a_t, t):
+        """Mean of q(a_{t-1} | a_t, a_0); its standard deviation is posterior_std[t]."""
+        return self.posterior_a0[t] * a_0 + self.posterior_at[t] * a_t
+
+
+def mish(x):
+    """x·tanh(softplus(x)). Compiled, it is written with one exponential, w = exp(x): x·n/(n+2), n = w(w+2)."""
+    if not torch.compiler.is_compiling():
+        return F.mish(x)
+    w = x.clamp(max=20).exp()
+    n = w * (w + 2)
+    return x * n / (n + 2)
+
+
+class Denoiser(nn.Module):
+    """ε_θ(s, a_t, t), an MLP on (s, a_t, t).
+
+    Its first layer is a sum of a term in (s, t), the context, and a term in a_t. The context is computed once per
+    state and step instead of once per particle: forward takes it, embed_obs + embed_time give it."""
+
+    def __init__(self, obs_dim, action_dim, hidden_dim=256, time_dim=16):
+        super().__init__()
+        self.sizes = [obs_dim, time_dim, action_dim]
+        self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
+        self.input_layer = nn.Linear(sum(self.sizes), hidden_dim)
+        self.hidden_layers = nn.ModuleList([nn.Linear(hidden_dim, hidden_dim) for _ in range(2)])
+        self.output_layer = nn.Linear(hidden_dim, action_dim)
+
+    def embed_obs(self, obs):
+        """The observation's share of the first layer: (B, obs_dim) -> (B, H)."""
+        return F.linear(obs, self.input_layer.weight.split(self.sizes, dim=1)[0], self.input_layer.bias)
+
+    def embed_time(self, t):
+        """The step's share of the first layer: indices t (...) -> sinusoidal embedding -> MLP -> (..., H)."""
+        half = self.sizes[1] // 2
+        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
+        angles = (t[..., None] * frequencies).to(self.input_layer.weight.dtype)
+        embedding = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        return F.linear(embedding, self.input_layer.weight.split(self.sizes, dim=1)[1])
+
+    def forward(self, context, a_t):
+        """Predicted noise, the shape of a_t (..., d); context (..., H) broadcasts against it."""
+        h = mish(context + F.linear(a_t, self.input_layer.weight.split(self.sizes, dim=1)[2]))
+        for layer in self.hidden_layers:
+            h = mish(layer(h))
+        return self.output_layer(h)
+
+
+class Critics(nn.Module):
+    """Twin critics Q_1, Q_2 as one batched MLP on (s, a)."""
+
+    def __init__(self, obs_dim, action_dim, hidden_dim=256):
+        super().__init__()
+        sizes = [obs_dim + action_dim, hidden_dim, hidden_dim, hidden_dim, 1]
+        self.obs_dim = obs_dim
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):  # initialised as nn.Linear is
+            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+            self.biases.append(torch.empty(2, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+
+    def forward(self, obs, actions):
+        """Values (2, B, N) of N actions in each of B states: obs (B, obs_dim), actions (B, N, d)."""
+        obs_weight, action_weight = self.weights[0].split([self.obs_dim, actions.shape[-1]], dim=1)
+        context = obs @ obs_weight + self.biases[0]  # once per state: (2, B, H)
+        h = mish(context[:, :, None] + (actions.flatten(0, 1) @ action_weight).unflatten(1, actions.shape[:2]))
+        h = h.flatten(1, 2)
+        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
+            h = mish(torch.baddbmm(bias, h, weight))
+        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).view(2, *actions.shape[:2])
+
+
+class ReplayBuffer:
+    """The last `size` transitions, one row each, so that a batch is gathered by one indexing operation."""
+
+    def __init__(self, size, obs_dim, action_dim, device):
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.size, self.position, self.filled = size, 0, 0
+        needed, free = 4 * size * sum(self.sizes), free_memory(device)
+        if needed > free:
+            fail(
+                f"--buffer-size {size} asks for {needed / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free; "
+                "choose a smaller --buffer-size"
+            )
+        self.rows = torch.empty(size, sum(self.sizes), device=device)
+
+    def add(self, obs, actions, rewards, next_obs, terminations):
+        """Append N transitions in ring order: obs, next_obs (N, obs_dim), actions (N, d), the others (N,)."""
+        rows = torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None]], dim=1)
+        index = (self.position + torch.arange(len(rows), device=rows.device)) % self.size
+        self.rows[index] = rows
+        self.position = (self.position + len(rows)) % self.size
+        self.filled = min(self.filled + len(rows), self.size)
+
+    def sample(self, batch_size, generator):
+        """obs, actions, rewards, next_obs, terminations, drawn uniformly with replacement."""
+        index = torch.randint(self.filled, (batch_size,), generator=generator, device=self.rows.device)
+        obs, actions, rewards, next_obs, terminations = self.rows[index].split(self.sizes, dim=1)
+        return obs, actions, rewards[:, 0], next_obs, terminations[:, 0]
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on the device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not os.path.exists("/proc/meminfo"):
+        return math.inf
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+@torch.no_grad()
+def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, exploration_std=None):
+    """Reverse diffusion with K particles per state; the particle with the largest min_j Q_j wins.
+
+    obs (B, obs_dim) -> actions (B, d) in [-1, 1], plus exploration_std · N(0, I) if given."""
+    shape = (len(obs), num_particles, denoiser.sizes[-1])
+    randn = lambda shape: torch.randn(shape, generator=generator, device=obs.device, dtype=obs.dtype)  # noqa: E731
+    obs_features = denoiser.embed_obs(obs)[:, None]
+    time_features = denoiser.embed_time(torch.arange(schedule.num_steps, device=obs.device))
+    a_t = 0.5 * randn(shape)  # the authors start from half the standard deviation of N(0, I)
+    for t in reversed(range(schedule.num_steps)):
+        eps = denoiser(obs_features + time_features[t], a_t)
+        a_0 = schedule.predict_a0(a_t, eps, t).clamp(-1, 1)
+        a_t = schedule.posterior_mean(a_0, a_t, t)
+        if t > 0:
+            a_t = a_t + schedule.posterior_std[t] * randn(shape)
+    best = critics(obs, a_t).amin(0).argmax(1)
+    actions = a_t[torch.arange(len(obs), device=obs.device), best]
+    if exploration_std is not None:
+        actions = actions + exploration_std * randn(actions.shape)
+    return actions.clamp(-1, 1)  # the authors leave the noisy action unclipped
+
+
+def reverse_samples(schedule, a_t, t, uniform, proposal):
+    """Samples of φ(a_0 | a_t) = N(a_t/√ᾱ_t, (1-ᾱ_t)/ᾱ_t I) by inversion of the normal distribution function Φ.
+
+    a_t (B, d), t (B, 1), uniform on [0, 1) (B, M, d) -> ε and â = (a_t - √(1-ᾱ_t) ε)/√ᾱ_t, both (B, M, d).
+    "clip" moves â outside the box to its surface and leaves ε as it was (the authors' choice, biased);
+    "truncate" draws ε from the part of the Gaussian for which â lies in the box: φ on the support of π."""
+    a_t, t, tiny = a_t[:, None], t[:, None], torch.finfo(uniform.dtype).tiny
+    if proposal == "clip":
+        eps = torch.special.ndtri(uniform.clamp(min=tiny))
+    else:
+        low = (a_t - schedule.signal[t]) / schedule.noise[t]  # the ε for which â = +1
+        high = (a_t + schedule.signal[t]) / schedule.noise[t]  # the ε for which â = -1
+        upper = a_t > 0  # Φ loses its digits near 1: mirror intervals of the upper tail into the lower one
+        low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
+        cdf_low, cdf_high = torch.special.ndtr(low), torch.special.ndtr(high)
+        eps = torch.special.ndtri((cdf_low + uniform * (cdf_high - cdf_low)).clamp(min=tiny))
+        eps = eps.maximum(low).minimum(high)
+        eps = torch.where(upper, -eps, eps)
+    return eps, schedule.predict_a0(a_t, eps, t).clamp(-1, 1)
+
+
+@torch.no_grad()
+def rsm_target(critics, schedule, obs, a_t, t, temperature, num_samples, proposal, generator):
+    """Reweighted score matching: the posterior mean E[ε | a_t, s] under π ∝ exp(Q/λ), by self-normalised importance
+    sampling, Σ_i w_i ε_i with w = softmax_i(min_j Q_j(s, â_i) / λ).
+
+    obs (B, obs_dim), a_t (B, d), t (B, 1) -> target (B, d) and the effective sample size 1/Σ w_i² (B,)."""
+    shape = (len(a_t), num_samples, a_t.shape[1])
+    uniform = torch.rand(shape, generator=generator, device=a_t.device, dtype=a_t.dtype)
+    eps, a_hat = reverse_samples(schedule, a_t, t, uniform, proposal)
+    weights = torch.softmax(critics(obs, a_hat).amin(0) / temperature, dim=1)
+    return (weights[..., None] * eps).sum(1), 1 / weights.square().sum(1)
+
+
+def rsm_loss(denoiser, obs, a_t, t, target, weights=1.0):
+    """E ‖ε_θ(s, a_t, t) - target‖². With target = Σ w_i ε_i its gradient is that of the RSM loss Σ w_i ‖ε_θ - ε_i‖²,
+    since Σ w_i = 1, but the denoiser is evaluated once instead of M times."""
+    prediction = denoiser(denoiser.embed_obs(obs) + denoiser.embed_time(t[:, 0]), a_t)
+    return (weights * (prediction - target).square().sum(1)).mean()
+
+
+def mirror_descent_weights(q, q_mean, q_std, alpha):
+    """exp(clip((Q - mean)/std, -3, 3)/α): weights of the current policy's actions for π_new ∝ π_old exp(Q/λ)."""
+    return torch.exp(((q - q_mean) / q_std).clamp(-3, 3) / alpha)
+
+
+def policy_lr_factor(n):
+    """The policy's learning rate after n policy updates: held for 25k, then linear to a tenth over 50k."""
+    return 1 - 0.9 * min(max((n - 25_000) / 50_000, 0), 1)
+
+
+@torch.no_grad()
+def ema_update(average, source, tau):
+    """average ← τ source + (1-τ) average, for every parameter of two modules."""
+    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), tau)
+
+
+class Agent(nn.Module):
+    """Policy, critics, their moving averages and optimisers. act() takes actions, update() learns from a batch."""
+
+    def __init__(self, args, obs_dim, action_dim, device):
+        super().__init__()
+        self.args, self.action_dim, self.updates = args, action_dim, 0
+        self.policy, self.ema_policy = Denoiser(obs_dim, action_dim), Denoiser(obs_dim, action_dim)
+        self.critics, self.target_critics = Critics(obs_dim, action_dim), Critics(obs_dim, action_dim)
+        self.ema_policy.load_state_dict(self.policy.state_dict())
+        self.target_critics.load_state_dict(self.critics.state_dict())
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(INITIAL_ALPHA)))
+        self.register_buffer("q_mean", torch.tensor(0.0))  # running statistics for mirror descent
+        self.register_buffer("q_std", torch.tensor(1.0))
+        self.to(device)
+        self.schedule = NoiseSchedule(args.denoising_steps, args.beta_scale, device)
+        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr)
+        self.policy_lr = torch.optim.lr_scheduler.LambdaLR(self.policy_optimizer, policy_lr_factor)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr)
+        if args.compile:
+            for network in self.children():
+                network.compile(dynamic=False)
+
+    def exploration_std(self):
+        return self.args.noise_scale * self.log_alpha.detach().exp()
+
+    def act(self, obs, generator, explore):
+        """Actions (B, d) for the environment: the averaged policy, with exploration noise or without."""
+        std = self.exploration_std() if explore else None
+        return sample_actions(
+            self.ema_policy, self.critics, self.schedule, obs, self.args.num_particles, generator, std
+        )
+
+    def update(self, batch, generator):
+        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
+        args, std, self.updates = self.args, self.exploration_std(), self.updates + 1
+        obs, actions, rewards, next_obs, terminations = batch
+
+        # Critics: mean squared error to r + γ min_j Q̄_j(s', a'), without an entropy bonus
+        next_actions = sample_actions(
+            self.policy, self.critics, self.schedule, next_obs, args.num_particles, generator, std
+        )
+        with torch.no_grad():
+            next_q = self.target_critics(next_obs, next_actions[:, None]).amin(0)[:, 0]
+            target_q = args.reward_scale * rewards + args.gamma * (1 - terminations) * next_q
+        q = self.critics(obs, actions[:, None])[..., 0]
+        q_losses = (q - target_q).square().mean(1)
+        step(self.q_optimizer, q_losses.sum())
+        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean()}
+        metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
+
+        # Policy: denoise a noised action towards π ∝ exp(Q/λ), or towards π_old · exp(Q/λ)
+        if self.updates % args.policy_frequency == 0:
+            t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
+            eps = torch.randn(actions.shape, generator=generator, device=obs.device)
+            if args.weighting == "max-entropy":
+                a_0 = sample_actions(self.policy, self.critics, self.schedule, obs, args.num_particles, generator, std)
+                a_t = self.schedule.add_noise(a_0, eps, t)
+                temperature = LAMBDA_PER_ALPHA * self.log_alpha.detach().exp()
+                target, ess = rsm_target(
+                    self.critics, self.schedule, obs, a_t, t, temperature,
+                    args.num_reverse_samples, args.reverse_proposal, generator,
+                )  # fmt: skip
+                loss = rsm_loss(self.policy, obs, a_t, t, target)
+            else:
+                a_t = self.schedule.add_noise(next_actions, eps, t)
+                with torch.no_grad():
+                    q = self.critics(next_obs, next_actions[:, None]).amin(0)[:, 0]
+                    self.q_mean.lerp_(q.mean(), 0.001)
+                    self.q_std.lerp_(q.std(), 0.001)
+                weights = mirror_descent_weights(q, self.q_mean, self.q_std, self.log_alpha.detach().exp())
+                ess = weights.sum().square() / weights.square().sum()
+                loss = rsm_loss(self.policy, next_obs, a_t, t, eps, weights)
+            step(self.policy_optimizer, loss)
+            self.policy_lr.step()
+            metrics |= {"rsm_loss": loss, "effective_sample_size": ess.mean()}
+
+        # α: moves the entropy of the exploration noise, ½ d log(2πe (noise_scale α)²), to its target
+        if self.updates % args.alpha_frequency == 0:
+            entropy = self.action_dim * (0.5 * math.log(2 * math.pi * math.e) + std.log())
+            target_entropy = self.action_dim * TARGET_ENTROPY_PER_DIMENSION
+            step(self.alpha_optimizer, -self.log_alpha * (target_entropy - entropy))
+        metrics |= {"alpha": self.log_alpha.exp(), "exploration_std": std}
+
+        if self.updates % args.target_network_frequency == 0:
+            ema_update(self.target_critics, self.critics, args.tau)
+            ema_update(self.ema_policy, self.policy, args.tau)
+        return metrics
+
+
+def step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def evaluate(agent, args, device, video_prefix=None):
+    """Returns and lengths of the first episode in each of --eval-episodes environments, no exploration noise.
+
+    Seeds are the same in every evaluation, and none of it touches the training's environments or random stream."""
+    env_fns = [lambda: make_env(args.env_id)] * args.eval_episodes
+    if video_prefix:
+        env_fns[0] = lambda: gym.wrappers.RecordVideo(
+            make_env(args.env_id, "rgb_array"),
+            str(video_prefix.parent),
+            episode_trigger=lambda episode: episode == 0,
+            name_prefix=video_prefix.name,
+            disable_logger=True,
+        )
+    envs = make_vector_env(env_fns)
+    generator = torch.Generator(device).manual_seed(args.seed + 1_000_000)
+    obs, _ = envs.reset(seed=args.seed + 1_000_000)
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    running = np.ones(args.eval_episodes, dtype=bool)
+    while running.any():
+        actions = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator, explore=False)
+        obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
+        returns += rewards * running
+        lengths += running
+        running &= ~(terminations | truncations)
+    envs.close()
+    return returns, lengths
+
+
+def validate(args):
+    """Refuse bad arguments before any work; return the task's observation and action dimensions."""
+    counts = ["total_timesteps", "num_envs", "buffer_size", "learning_starts", "eval_frequency", "eval_episodes"]
+    counts += ["batch_size", "policy_frequency", "target_network_frequency", "alpha_frequency"]
+    counts += ["denoising_steps", "num_particles", "num_reverse_samples"]
+    positive = ["policy_lr", "q_lr", "alpha_lr", "reward_scale", "noise_scale"]
+    flag = lambda name: f"--{name.replace('_', '-')} {getattr(args, name)}"  # noqa: E731
+    for name in counts:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"{flag(name)} is not a count; give an integer of at least 1")
+    for name in positive:
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"{flag(name)} is out of range; give a positive number")
+    for name, inside in {
+        "seed": 0 <= args.seed < 2**31,
+        "gamma": 0 <= args.gamma <= 1,
+        "tau": 0 < args.tau <= 1,
+        "beta_scale": 0 < args.beta_scale <= 1,
+    }.items():
+        if not inside:
+            interval = {"seed": "[0, 2^31)", "gamma": "[0, 1]"}.get(name, "(0, 1]")
+            fail(f"{flag(name)} is out of range; give a value in {interval}")
+    if args.learning_starts > args.total_timesteps:
+        fail(f"the warm-up, {flag('learning_starts')}, is longer than the run, {flag('total_timesteps')}")
+    collected = args.learning_starts // args.num_envs * args.num_envs
+    if args.batch_size > min(collected, args.buffer_size):
+        fail(
+            f"{flag('batch_size')} is more than the {min(collected, args.buffer_size)} transitions that the warm-up "
+            "will have stored; lower it, or raise --learning-starts or --buffer-size"
+        )
+    if args.buffer_size < args.num_envs:
+        fail(f"{flag('buffer_size')} cannot hold one step of {flag('num_envs')}; raise it")
+    try:
+        env = gym.make(args.env_id)
+    except Exception as error:  # whatever a task's constructor raises, the user gets one sentence
+        close = difflib.get_close_matches(args.env_id, [name for name in gym.registry if name != args.env_id], n=3)
+        hint = f"; similar: {', '.join(close)}" if close else ""
+        fail(f"cannot make --env-id {args.env_id} ({str(error).splitlines()[0]}){hint}")
+    obs_space, action_space = env.observation_space, env.action_space
+    env.close()
+    for kind, space in {"observations": obs_space, "actions": action_space}.items():
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(
+                f"{args.env_id} has {kind} in {space}; this script needs a one-dimensional Box, such as MuJoCo tasks have"
+            )
+    if not np.isfinite([action_space.low, action_space.high]).all():
+        fail(f"{args.env_id} has unbounded actions, {action_space}; wrap the task so that every bound is finite")
+    if args.capture_video:
+        try:
+            env = gym.make(args.env_id, render_mode="rgb_array")
+            env.reset(seed=0)
+            env.render()
+            env.close()
+        except Exception as error:
+            fail(
+                f"--capture-video cannot render {args.env_id} ({type(error).__name__}); set MUJOCO_GL=egl on a machine "
+                "with a GPU or MUJOCO_GL=osmesa on one without, and see that EGL or OSMesa is installed"
+            )
+    return obs_space.shape[0], action_space.shape[0]
+
+
+def choose_device(args):
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if args.cuda and cuda else "cpu")
+    name = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else ""
+    missing = " (--cuda was asked for, but PyTorch finds no CUDA device)" if args.cuda and not cuda else ""
+    print(f"device: {device}{name}{missing}", flush=True)
+    return device
+
+
+def save_model(path, agent, args):
+    """Write what --evaluate needs, through a temporary file, so that no half-written model is ever found at path."""
+    model = {"algorithm": "sdac", "args": asdict(args)}
+    model |= {"policy": agent.ema_policy.state_dict(), "critics": agent.critics.state_dict()}
+    torch.save(model, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_model(args):
+    """Read and check the model file of --evaluate. The algorithm's settings are then those of the file."""
+    path = Path(args.evaluate)
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file():
+        fail(f"there is no model file {path}; give the model.pt that a training run with --save-model wrote")
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        algorithm, saved = model["algorithm"], Args(**model["args"])
+    except Exception as error:
+        fail(
+            f"{path} is not a complete model file of this script ({type(error).__name__}); train again or copy it again"
+        )
+    if algorithm != "sdac":
+        fail(f"{path} holds a model of {algorithm}, not of sdac; evaluate it with that script")
+    if saved.env_id != args.env_id:
+        fail(f"{path} was trained on {saved.env_id}, not on {args.env_id}; add --env-id {saved.env_id}")
+    chosen = [
+        "exp_name",
+        "seed",
+        "torch_deterministic",
+        "cuda",
+        "compile",
+        "capture_video",
+        "evaluate",
+        "eval_episodes",
+    ]
+    return replace(saved, **{name: getattr(args, name) for name in chosen}), model
+
+
+def main(args):
+    # The -v4 tasks are the ones with published results, and MuJoCo's own log file is nobody's wish.
+    warnings.filterwarnings("ignore", message=".*(is out of date|compiler attribute).*")
+    mujoco.set_mju_user_warning(warnings.warn)
+    if args.evaluate:
+        args, model = load_model(args)
+    obs_dim, action_dim = validate(args)
+    device = choose_device(args)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    agent = Agent(args, obs_dim, action_dim, device)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    videos = Path("videos") / run_name
+
+    if args.evaluate:
+        agent.ema_policy.load_state_dict(model["policy"])
+        agent.critics.load_state_dict(model["critics"])
+        returns, lengths = evaluate(agent, args, device, videos / "evaluation" if args.capture_video else None)
+        print(
+            f"{args.env_id}: return {returns.mean():.1f} ± {returns.std():.1f}, length {lengths.mean():.0f} "
+            f"({args.eval_episodes} episodes)"
+        )
+        return
+
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    run_dir = Path("runs") / run_name
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            sync_tensorboard=True,
+            config=asdict(args),
+            name=run_name,
+            save_code=True,
+        )
+    writer = SummaryWriter(run_dir)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    metrics_file, timing_file = (
+        open(run_dir / name, "w", newline="", buffering=1) for name in ("metrics.csv", "timing.csv")
+    )
+    metrics_csv, timing_csv = csv.writer(metrics_file), csv.writer(timing_file)
+    metrics_csv.writerow(["global_step", "updates", "return_mean", "return_std", "length_mean"])
+    timing_csv.writerow(["global_step", "updates", "seconds", "evaluation_seconds"])
+
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(make_vector_env([lambda: make_env(args.env_id)] * args.num_envs))
+    generator = torch.Generator(device).manual_seed(args.seed)
+    eval_frequency = args.eval_frequency or max(args.total_timesteps // 20, args.num_envs)
+    recent_returns, evaluations, metrics = deque(maxlen=20), [], {}
+    to_tensor = lambda x: torch.as_tensor(x, dtype=torch.float32, device=device)  # noqa: E731
+    start_time = time.time()
+    obs, _ = envs.reset(seed=args.seed)
+    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
+    bar = tqdm(steps, unit_scale=args.num_envs, unit="step", disable=None)
+    for global_step in bar:
+        if global_step <= args.learning_starts:
+            actions = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
+        else:
+            actions = agent.act(to_tensor(obs), generator, explore=True)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        for i in np.flatnonzero(terminations | truncations):
+            recent_returns.append(infos["episode"]["r"][i])
+            writer.add_scalar("charts/episodic_return", infos["episode"]["r"][i], global_step)
+            writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], global_step)
+        last_obs = final_observations(next_obs, infos)
+        # A truncated episode is not a terminated one: its last state has a future, which the critics bootstrap from
+        buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
+        obs = next_obs
+
+        if global_step > args.learning_starts:
+            metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
+            if agent.updates % 100 == 0:
+                for name, value in metrics.items():
+                    writer.add_scalar(f"losses/{name}", value.item(), global_step)
+                writer.add_scalar("charts/policy_lr", agent.policy_lr.get_last_lr()[0], global_step)
+                sps = int(global_step / (time.time() - start_time))
+                writer.add_scalar("charts/SPS", sps, global_step)
+                bar.set_postfix(SPS=sps, episodic_return=f"{np.mean(recent_returns or [math.nan]):.1f}")
+
+        if global_step // eval_frequency > (global_step - args.num_envs) // eval_frequency or global_step == steps[-1]:
+            eval_start = time.time()
+            video_prefix = videos / f"step-{global_step}" if args.capture_video else None
+            returns, lengths = evaluate(agent, args, device, video_prefix)
+            evaluations.append((returns.mean(), returns.std(), global_step))
+            metrics_csv.writerow([global_step, agent.updates, returns.mean(), returns.std(), lengths.mean()])
+            timing_csv.writerow([global_step, agent.updates, time.time() - start_time, time.time() - eval_start])
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+            writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
+            if args.track and args.capture_video:
+                for path in videos.glob(f"{video_prefix.name}-*.mp4"):
+                    wandb.log({"eval/video": wandb.Video(str(path)), "global_step": global_step})
+            bar.write(f"step {global_step}: evaluation return {returns.mean():.1f} ± {returns.std():.1f}")
+            sys.stdout.flush()
+
+    envs.close()
+    writer.close()
+    print("final evaluation: return {:.1f} ± {:.1f} at step {}".format(*evaluations[-1]))
+    print("best evaluation:  return {:.1f} ± {:.1f} at step {}".format(*max(evaluations)))
+    if args.save_model:
+        save_model(run_dir / "model.pt", agent, args)
+        print(f"watch it: python {Path(__file__).name} --env-id {args.env_id} --evaluate {run_dir} --capture-video")
+    if args.track:
+        wandb.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
