@@ -15,6 +15,7 @@ Shapes:   B batch, d action dimension, T denoising steps, K particles, M reverse
 
 import csv
 import difflib
+import itertools
 import math
 import os
 import sys
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +37,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-LAMBDA_PER_ALPHA = 1 / 5  # λ = α / 5, so that λ starts at 1
+ALGORITHM = "sdac"
 INITIAL_ALPHA = 5.0
+LAMBDA_PER_ALPHA = 1 / 5  # λ = α / 5: 1 at first
 TARGET_ENTROPY_PER_DIMENSION = -0.9
 
 
@@ -88,14 +91,17 @@ def fail(message):
     sys.exit(2)
 
 
-def make_env(env_id, render_mode=None):
-    """The task with actions rescaled, dimension by dimension, from its own bounds to [-1, 1]."""
-    env = gym.make(env_id, render_mode=render_mode)
+def make_env(env_id, video=None):
+    """The task with actions rescaled from its own bounds to [-1, 1]; its first episode is filmed if video is a path."""
+    env = gym.make(env_id, render_mode="rgb_array" if video else None)
+    if video:
+        first = lambda episode: episode == 0  # noqa: E731
+        env = gym.wrappers.RecordVideo(env, video.parent, first, name_prefix=video.name, disable_logger=True)
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 def make_vector_env(env_fns):
-    # With SAME_STEP an episode's true last observation is in infos["final_obs"], and no step is spent on the reset.
+    # With SAME_STEP, an episode's true last observation is in infos["final_obs"] and no step is spent on the reset
     return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
@@ -115,13 +121,15 @@ class NoiseSchedule:
         beta = beta_scale * torch.linspace(1e-4, 0.999, num_steps, dtype=torch.float64)
         alpha_bar = torch.cumprod(1 - beta, 0)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])  # ᾱ_{t-1}
-        to = lambda x: x.to(device, dtype)  # noqa: E731
+        tables = {
+            "signal": alpha_bar.sqrt(),
+            "noise": (1 - alpha_bar).sqrt(),
+            "posterior_a0": previous.sqrt() * beta / (1 - alpha_bar),
+            "posterior_at": (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar),
+            "posterior_std": (beta * (1 - previous) / (1 - alpha_bar)).sqrt(),
+        }
         self.num_steps = num_steps
-        self.signal = to(alpha_bar.sqrt())  # √ᾱ_t
-        self.noise = to((1 - alpha_bar).sqrt())  # √(1-ᾱ_t)
-        self.posterior_a0 = to(previous.sqrt() * beta / (1 - alpha_bar))
-        self.posterior_at = to((1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar))
-        self.posterior_std = to((beta * (1 - previous) / (1 - alpha_bar)).sqrt())
+        vars(self).update({name: table.to(device, dtype) for name, table in tables.items()})
 
     def add_noise(self, a_0, eps, t):
         """Forward process: a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε."""
@@ -187,7 +195,7 @@ class Critics(nn.Module):
         sizes = [obs_dim + action_dim, hidden_dim, hidden_dim, hidden_dim, 1]
         self.obs_dim = obs_dim
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):  # initialised as nn.Linear is
+        for fan_in, fan_out in itertools.pairwise(sizes):  # initialised as nn.Linear is
             self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
             self.biases.append(torch.empty(2, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
@@ -247,7 +255,7 @@ def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, e
 
     obs (B, obs_dim) -> actions (B, d) in [-1, 1], plus exploration_std · N(0, I) if given."""
     shape = (len(obs), num_particles, denoiser.sizes[-1])
-    randn = lambda shape: torch.randn(shape, generator=generator, device=obs.device, dtype=obs.dtype)  # noqa: E731
+    randn = partial(torch.randn, generator=generator, device=obs.device, dtype=obs.dtype)
     obs_features = denoiser.embed_obs(obs)[:, None]
     time_features = denoiser.embed_time(torch.arange(schedule.num_steps, device=obs.device))
     a_t = 0.5 * randn(shape)  # the authors start from half the standard deviation of N(0, I)
@@ -321,6 +329,12 @@ def ema_update(average, source, tau):
     torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), tau)
 
 
+def gradient_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 class Agent(nn.Module):
     """Policy, critics, their moving averages and optimisers. act() takes actions, update() learns from a batch."""
 
@@ -332,13 +346,13 @@ class Agent(nn.Module):
         self.ema_policy.load_state_dict(self.policy.state_dict())
         self.target_critics.load_state_dict(self.critics.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(INITIAL_ALPHA)))
-        self.register_buffer("q_mean", torch.tensor(0.0))  # running statistics for mirror descent
+        self.register_buffer("q_mean", torch.tensor(0.0))  # running statistics, for mirror descent only
         self.register_buffer("q_std", torch.tensor(1.0))
         self.to(device)
         self.schedule = NoiseSchedule(args.denoising_steps, args.beta_scale, device)
         self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr)
-        self.policy_lr = torch.optim.lr_scheduler.LambdaLR(self.policy_optimizer, policy_lr_factor)
+        self.policy_schedule = torch.optim.lr_scheduler.LambdaLR(self.policy_optimizer, policy_lr_factor)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr)
         if args.compile:
             for network in self.children():
@@ -347,94 +361,75 @@ class Agent(nn.Module):
     def exploration_std(self):
         return self.args.noise_scale * self.log_alpha.detach().exp()
 
+    def sample(self, policy, obs, generator, std):
+        return sample_actions(policy, self.critics, self.schedule, obs, self.args.num_particles, generator, std)
+
     def act(self, obs, generator, explore):
-        """Actions (B, d) for the environment: the averaged policy, with exploration noise or without."""
-        std = self.exploration_std() if explore else None
-        return sample_actions(
-            self.ema_policy, self.critics, self.schedule, obs, self.args.num_particles, generator, std
-        )
+        """Actions (B, d) in the environment: from the averaged policy, with exploration noise or without."""
+        return self.sample(self.ema_policy, obs, generator, self.exploration_std() if explore else None)
 
     def update(self, batch, generator):
         """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
-        args, std, self.updates = self.args, self.exploration_std(), self.updates + 1
         obs, actions, rewards, next_obs, terminations = batch
+        args, alpha, std = self.args, self.log_alpha.detach().exp(), self.exploration_std()
+        self.updates += 1
 
-        # Critics: mean squared error to r + γ min_j Q̄_j(s', a'), without an entropy bonus
-        next_actions = sample_actions(
-            self.policy, self.critics, self.schedule, next_obs, args.num_particles, generator, std
-        )
+        # Critics: mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus
+        next_actions = self.sample(self.policy, next_obs, generator, std)
         with torch.no_grad():
             next_q = self.target_critics(next_obs, next_actions[:, None]).amin(0)[:, 0]
             target_q = args.reward_scale * rewards + args.gamma * (1 - terminations) * next_q
         q = self.critics(obs, actions[:, None])[..., 0]
         q_losses = (q - target_q).square().mean(1)
-        step(self.q_optimizer, q_losses.sum())
-        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean()}
+        gradient_step(self.q_optimizer, q_losses.sum())
+        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha, "exploration_std": std}
         metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
 
-        # Policy: denoise a noised action towards π ∝ exp(Q/λ), or towards π_old · exp(Q/λ)
+        # Policy: denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ)
         if self.updates % args.policy_frequency == 0:
             t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
             eps = torch.randn(actions.shape, generator=generator, device=obs.device)
             if args.weighting == "max-entropy":
-                a_0 = sample_actions(self.policy, self.critics, self.schedule, obs, args.num_particles, generator, std)
-                a_t = self.schedule.add_noise(a_0, eps, t)
-                temperature = LAMBDA_PER_ALPHA * self.log_alpha.detach().exp()
+                a_t = self.schedule.add_noise(self.sample(self.policy, obs, generator, std), eps, t)
                 target, ess = rsm_target(
-                    self.critics, self.schedule, obs, a_t, t, temperature,
+                    self.critics, self.schedule, obs, a_t, t, LAMBDA_PER_ALPHA * alpha,
                     args.num_reverse_samples, args.reverse_proposal, generator,
                 )  # fmt: skip
                 loss = rsm_loss(self.policy, obs, a_t, t, target)
             else:
-                a_t = self.schedule.add_noise(next_actions, eps, t)
                 with torch.no_grad():
                     q = self.critics(next_obs, next_actions[:, None]).amin(0)[:, 0]
                     self.q_mean.lerp_(q.mean(), 0.001)
                     self.q_std.lerp_(q.std(), 0.001)
-                weights = mirror_descent_weights(q, self.q_mean, self.q_std, self.log_alpha.detach().exp())
+                weights = mirror_descent_weights(q, self.q_mean, self.q_std, alpha)
                 ess = weights.sum().square() / weights.square().sum()
+                a_t = self.schedule.add_noise(next_actions, eps, t)
                 loss = rsm_loss(self.policy, next_obs, a_t, t, eps, weights)
-            step(self.policy_optimizer, loss)
-            self.policy_lr.step()
+            gradient_step(self.policy_optimizer, loss)
+            self.policy_schedule.step()
             metrics |= {"rsm_loss": loss, "effective_sample_size": ess.mean()}
 
-        # α: moves the entropy of the exploration noise, ½ d log(2πe (noise_scale α)²), to its target
+        # α: moves the entropy of the exploration noise, N(0, (noise_scale α)² I), to its target
         if self.updates % args.alpha_frequency == 0:
             entropy = self.action_dim * (0.5 * math.log(2 * math.pi * math.e) + std.log())
             target_entropy = self.action_dim * TARGET_ENTROPY_PER_DIMENSION
-            step(self.alpha_optimizer, -self.log_alpha * (target_entropy - entropy))
-        metrics |= {"alpha": self.log_alpha.exp(), "exploration_std": std}
+            gradient_step(self.alpha_optimizer, -self.log_alpha * (target_entropy - entropy))
 
         if self.updates % args.target_network_frequency == 0:
             ema_update(self.target_critics, self.critics, args.tau)
             ema_update(self.ema_policy, self.policy, args.tau)
-        return metrics
+        return {name: value.detach() for name, value in metrics.items()}
 
 
-def step(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def evaluate(agent, args, device, video=None):
+    """Mean and spread of the returns of --eval-episodes episodes, one per environment, without exploration noise.
 
-
-def evaluate(agent, args, device, video_prefix=None):
-    """Returns and lengths of the first episode in each of --eval-episodes environments, no exploration noise.
-
-    Seeds are the same in every evaluation, and none of it touches the training's environments or random stream."""
-    env_fns = [lambda: make_env(args.env_id)] * args.eval_episodes
-    if video_prefix:
-        env_fns[0] = lambda: gym.wrappers.RecordVideo(
-            make_env(args.env_id, "rgb_array"),
-            str(video_prefix.parent),
-            episode_trigger=lambda episode: episode == 0,
-            name_prefix=video_prefix.name,
-            disable_logger=True,
-        )
-    envs = make_vector_env(env_fns)
-    generator = torch.Generator(device).manual_seed(args.seed + 1_000_000)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
-    running = np.ones(args.eval_episodes, dtype=bool)
+    Every evaluation starts from the same seeds and leaves the training's environments and random stream alone."""
+    n, seed = args.eval_episodes, args.seed + 1_000_000
+    envs = make_vector_env([partial(make_env, args.env_id, video if i == 0 else None) for i in range(n)])
+    generator = torch.Generator(device).manual_seed(seed)
+    obs, _ = envs.reset(seed=seed)
+    returns, lengths, running = np.zeros(n), np.zeros(n), np.ones(n, dtype=bool)
     while running.any():
         actions = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator, explore=False)
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
@@ -442,222 +437,205 @@ def evaluate(agent, args, device, video_prefix=None):
         lengths += running
         running &= ~(terminations | truncations)
     envs.close()
-    return returns, lengths
+    result = {"episodic_return": returns.mean(), "episodic_return_std": returns.std()}
+    return result | {"episodic_length": lengths.mean()}
 
 
 def validate(args):
-    """Refuse bad arguments before any work; return the task's observation and action dimensions."""
-    counts = ["total_timesteps", "num_envs", "buffer_size", "learning_starts", "eval_frequency", "eval_episodes"]
-    counts += ["batch_size", "policy_frequency", "target_network_frequency", "alpha_frequency"]
-    counts += ["denoising_steps", "num_particles", "num_reverse_samples"]
-    positive = ["policy_lr", "q_lr", "alpha_lr", "reward_scale", "noise_scale"]
-    flag = lambda name: f"--{name.replace('_', '-')} {getattr(args, name)}"  # noqa: E731
-    for name in counts:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"{flag(name)} is not a count; give an integer of at least 1")
-    for name in positive:
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"{flag(name)} is out of range; give a positive number")
-    for name, inside in {
-        "seed": 0 <= args.seed < 2**31,
-        "gamma": 0 <= args.gamma <= 1,
-        "tau": 0 < args.tau <= 1,
-        "beta_scale": 0 < args.beta_scale <= 1,
-    }.items():
-        if not inside:
-            interval = {"seed": "[0, 2^31)", "gamma": "[0, 1]"}.get(name, "(0, 1]")
-            fail(f"{flag(name)} is out of range; give a value in {interval}")
+    """Refuse bad arguments, in one sentence, before any work. Returns the task's obs_dim and action_dim."""
+    limits = {
+        "seed": (0 <= args.seed < 2**31, "from 0 to 2147483647"),
+        "gamma": (0 <= args.gamma <= 1, "from 0 to 1"),
+        "tau": (0 < args.tau <= 1, "above 0 and at most 1"),
+        "beta_scale": (0 < args.beta_scale <= 1, "above 0 and at most 1"),
+    }
+    for name, value in asdict(args).items():
+        if type(value) is int:
+            limits.setdefault(name, (value >= 1, "of at least 1"))
+        elif type(value) is float:
+            limits.setdefault(name, (0 < value < math.inf, "above 0"))
+    for name, (allowed, interval) in limits.items():
+        if not allowed:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; give a value {interval}")
     if args.learning_starts > args.total_timesteps:
-        fail(f"the warm-up, {flag('learning_starts')}, is longer than the run, {flag('total_timesteps')}")
-    collected = args.learning_starts // args.num_envs * args.num_envs
-    if args.batch_size > min(collected, args.buffer_size):
+        fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps {args.total_timesteps}; lower it")
+    stored = min(args.learning_starts // args.num_envs * args.num_envs, args.buffer_size)
+    if args.batch_size > stored or args.num_envs > args.buffer_size:
         fail(
-            f"{flag('batch_size')} is more than the {min(collected, args.buffer_size)} transitions that the warm-up "
-            "will have stored; lower it, or raise --learning-starts or --buffer-size"
+            f"--batch-size {args.batch_size} is more than the {stored} transitions stored when learning starts; "
+            "lower it, or raise --learning-starts or --buffer-size"
         )
-    if args.buffer_size < args.num_envs:
-        fail(f"{flag('buffer_size')} cannot hold one step of {flag('num_envs')}; raise it")
     try:
         env = gym.make(args.env_id)
-    except Exception as error:  # whatever a task's constructor raises, the user gets one sentence
-        close = difflib.get_close_matches(args.env_id, [name for name in gym.registry if name != args.env_id], n=3)
-        hint = f"; similar: {', '.join(close)}" if close else ""
-        fail(f"cannot make --env-id {args.env_id} ({str(error).splitlines()[0]}){hint}")
-    obs_space, action_space = env.observation_space, env.action_space
-    env.close()
-    for kind, space in {"observations": obs_space, "actions": action_space}.items():
+    except Exception as error:  # a task's constructor may raise anything
+        similar = difflib.get_close_matches(args.env_id, gym.registry.keys() - {args.env_id}, n=3)
+        hint = f"; similar names: {', '.join(similar)}" if similar else ""
+        fail(f"--env-id {args.env_id} cannot be made: {str(error).splitlines()[0].rstrip('.')}{hint}")
+    for kind, space in {"observations": env.observation_space, "actions": env.action_space}.items():
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(
-                f"{args.env_id} has {kind} in {space}; this script needs a one-dimensional Box, such as MuJoCo tasks have"
-            )
-    if not np.isfinite([action_space.low, action_space.high]).all():
-        fail(f"{args.env_id} has unbounded actions, {action_space}; wrap the task so that every bound is finite")
+            fail(f"{args.env_id} has {kind} in {space}; choose a task where they are vectors, as in MuJoCo tasks")
+    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        fail(f"{args.env_id} has unbounded actions, {env.action_space}; choose a task with finite bounds")
     if args.capture_video:
         try:
-            env = gym.make(args.env_id, render_mode="rgb_array")
-            env.reset(seed=0)
-            env.render()
-            env.close()
+            film = gym.make(args.env_id, render_mode="rgb_array")
+            film.reset(seed=args.seed)
+            film.render()
+            film.close()
         except Exception as error:
             fail(
-                f"--capture-video cannot render {args.env_id} ({type(error).__name__}); set MUJOCO_GL=egl on a machine "
-                "with a GPU or MUJOCO_GL=osmesa on one without, and see that EGL or OSMesa is installed"
+                f"--capture-video cannot render {args.env_id} ({type(error).__name__}); set MUJOCO_GL=egl (with a GPU) "
+                "or MUJOCO_GL=osmesa (without one; needs the OSMesa library)"
             )
-    return obs_space.shape[0], action_space.shape[0]
+    return env.observation_space.shape[0], env.action_space.shape[0]
 
 
 def choose_device(args):
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if args.cuda and cuda else "cpu")
-    name = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else ""
-    missing = " (--cuda was asked for, but PyTorch finds no CUDA device)" if args.cuda and not cuda else ""
-    print(f"device: {device}{name}{missing}", flush=True)
-    return device
+    """The device, printed; CUDA where it was asked for and is there."""
+    if args.cuda and torch.cuda.is_available():
+        print(f"device: cuda ({torch.cuda.get_device_name()})", flush=True)
+        return torch.device("cuda")
+    print(f"device: cpu{' (--cuda is on, but PyTorch finds no CUDA device)' if args.cuda else ''}", flush=True)
+    return torch.device("cpu")
 
 
 def save_model(path, agent, args):
-    """Write what --evaluate needs, through a temporary file, so that no half-written model is ever found at path."""
-    model = {"algorithm": "sdac", "args": asdict(args)}
+    """Write what --evaluate needs; through a temporary file, so that path never holds half a model."""
+    model = {"algorithm": ALGORITHM, "args": asdict(args)}
     model |= {"policy": agent.ema_policy.state_dict(), "critics": agent.critics.state_dict()}
     torch.save(model, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_model(args):
-    """Read and check the model file of --evaluate. The algorithm's settings are then those of the file."""
+    """The model of --evaluate and its arguments; the command line chooses only how to evaluate it."""
     path = Path(args.evaluate)
     path = path / "model.pt" if path.is_dir() else path
     if not path.is_file():
-        fail(f"there is no model file {path}; give the model.pt that a training run with --save-model wrote")
+        fail(f"--evaluate: there is no file {path}; give the model.pt that a training run wrote, or its folder")
     try:
         model = torch.load(path, map_location="cpu", weights_only=True)
-        algorithm, saved = model["algorithm"], Args(**model["args"])
-    except Exception as error:
-        fail(
-            f"{path} is not a complete model file of this script ({type(error).__name__}); train again or copy it again"
-        )
-    if algorithm != "sdac":
-        fail(f"{path} holds a model of {algorithm}, not of sdac; evaluate it with that script")
-    if saved.env_id != args.env_id:
-        fail(f"{path} was trained on {saved.env_id}, not on {args.env_id}; add --env-id {saved.env_id}")
+        algorithm, env_id = model["algorithm"], model["args"]["env_id"]
+    except Exception as error:  # damaged files raise many kinds of errors
+        fail(f"--evaluate: {path} is not a whole model file ({type(error).__name__}); write it again")
+    if algorithm != ALGORITHM:
+        fail(f"--evaluate: {path} holds a model of {algorithm}, not of {ALGORITHM}; use the script of {algorithm}")
+    if env_id != args.env_id:
+        fail(f"--evaluate: {path} was trained on {env_id}, not on {args.env_id}; add --env-id {env_id}")
     chosen = [
         "exp_name",
         "seed",
         "torch_deterministic",
         "cuda",
-        "compile",
         "capture_video",
         "evaluate",
+        "compile",
         "eval_episodes",
     ]
-    return replace(saved, **{name: getattr(args, name) for name in chosen}), model
+    return model, replace(Args(**model["args"]), **{name: getattr(args, name) for name in chosen})
+
+
+def append_row(path, *row):
+    with open(path, "a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(row)
 
 
 def main(args):
-    # The -v4 tasks are the ones with published results, and MuJoCo's own log file is nobody's wish.
-    warnings.filterwarnings("ignore", message=".*(is out of date|compiler attribute).*")
-    mujoco.set_mju_user_warning(warnings.warn)
-    if args.evaluate:
-        args, model = load_model(args)
+    warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
+    warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
+    mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
+    model, args = load_model(args) if args.evaluate else (None, args)
     obs_dim, action_dim = validate(args)
     device = choose_device(args)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
     agent = Agent(args, obs_dim, action_dim, device)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    videos = Path("videos") / run_name
-
+    run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
     if args.evaluate:
         agent.ema_policy.load_state_dict(model["policy"])
         agent.critics.load_state_dict(model["critics"])
-        returns, lengths = evaluate(agent, args, device, videos / "evaluation" if args.capture_video else None)
-        print(
-            f"{args.env_id}: return {returns.mean():.1f} ± {returns.std():.1f}, length {lengths.mean():.0f} "
-            f"({args.eval_episodes} episodes)"
-        )
+        result = evaluate(agent, args, device, video_dir / "evaluation" if args.capture_video else None)
+        print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
         return
-
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    run_dir = Path("runs") / run_name
+
     if args.track:
         import wandb
 
         wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
-            sync_tensorboard=True,
-            config=asdict(args),
             name=run_name,
+            config=asdict(args),
+            sync_tensorboard=True,
             save_code=True,
         )
     writer = SummaryWriter(run_dir)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    metrics_file, timing_file = (
-        open(run_dir / name, "w", newline="", buffering=1) for name in ("metrics.csv", "timing.csv")
-    )
-    metrics_csv, timing_csv = csv.writer(metrics_file), csv.writer(timing_file)
-    metrics_csv.writerow(["global_step", "updates", "return_mean", "return_std", "length_mean"])
-    timing_csv.writerow(["global_step", "updates", "seconds", "evaluation_seconds"])
+    table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    eval_columns = ["episodic_return", "episodic_return_std", "episodic_length"]
+    append_row(run_dir / "metrics.csv", "global_step", "updates", *eval_columns)
+    append_row(run_dir / "timing.csv", "global_step", "updates", "seconds", "evaluation_seconds")
 
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(make_vector_env([lambda: make_env(args.env_id)] * args.num_envs))
+    envs = make_vector_env([partial(make_env, args.env_id)] * args.num_envs)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
     generator = torch.Generator(device).manual_seed(args.seed)
+    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     eval_frequency = args.eval_frequency or max(args.total_timesteps // 20, args.num_envs)
     recent_returns, evaluations, metrics = deque(maxlen=20), [], {}
-    to_tensor = lambda x: torch.as_tensor(x, dtype=torch.float32, device=device)  # noqa: E731
+    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
+    bar = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)  # None: quiet when not a terminal
     start_time = time.time()
     obs, _ = envs.reset(seed=args.seed)
-    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
-    bar = tqdm(steps, unit_scale=args.num_envs, unit="step", disable=None)
     for global_step in bar:
         if global_step <= args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
         else:
             actions = agent.act(to_tensor(obs), generator, explore=True)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        # A truncated episode has not terminated: its last state has a future, so the critics bootstrap from it
+        last_obs = final_observations(next_obs, infos)
+        buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
+        obs = next_obs
         for i in np.flatnonzero(terminations | truncations):
             recent_returns.append(infos["episode"]["r"][i])
             writer.add_scalar("charts/episodic_return", infos["episode"]["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], global_step)
-        last_obs = final_observations(next_obs, infos)
-        # A truncated episode is not a terminated one: its last state has a future, which the critics bootstrap from
-        buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
-        obs = next_obs
 
         if global_step > args.learning_starts:
             metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
             if agent.updates % 100 == 0:
                 for name, value in metrics.items():
                     writer.add_scalar(f"losses/{name}", value.item(), global_step)
-                writer.add_scalar("charts/policy_lr", agent.policy_lr.get_last_lr()[0], global_step)
+                writer.add_scalar("charts/policy_lr", agent.policy_schedule.get_last_lr()[0], global_step)
                 sps = int(global_step / (time.time() - start_time))
                 writer.add_scalar("charts/SPS", sps, global_step)
-                bar.set_postfix(SPS=sps, episodic_return=f"{np.mean(recent_returns or [math.nan]):.1f}")
+                bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
 
-        if global_step // eval_frequency > (global_step - args.num_envs) // eval_frequency or global_step == steps[-1]:
+        if global_step % eval_frequency < args.num_envs or global_step == steps[-1]:
             eval_start = time.time()
-            video_prefix = videos / f"step-{global_step}" if args.capture_video else None
-            returns, lengths = evaluate(agent, args, device, video_prefix)
-            evaluations.append((returns.mean(), returns.std(), global_step))
-            metrics_csv.writerow([global_step, agent.updates, returns.mean(), returns.std(), lengths.mean()])
-            timing_csv.writerow([global_step, agent.updates, time.time() - start_time, time.time() - eval_start])
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-            writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
-            writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
-            if args.track and args.capture_video:
-                for path in videos.glob(f"{video_prefix.name}-*.mp4"):
-                    wandb.log({"eval/video": wandb.Video(str(path)), "global_step": global_step})
-            bar.write(f"step {global_step}: evaluation return {returns.mean():.1f} ± {returns.std():.1f}")
+            video = video_dir / f"step-{global_step}" if args.capture_video else None
+            result = evaluate(agent, args, device, video)
+            now = time.time()
+            append_row(run_dir / "metrics.csv", global_step, agent.updates, *result.values())
+            append_row(run_dir / "timing.csv", global_step, agent.updates, now - start_time, now - eval_start)
+            for name, value in result.items():
+                writer.add_scalar(f"eval/{name}", value, global_step)
+            if args.track and video:
+                wandb.log({"eval/video": wandb.Video(str(next(video_dir.glob(f"{video.name}-*.mp4"))))})
+            line = "evaluation at step {}: return {:.1f} ± {:.1f}, length {:.0f}".format(global_step, *result.values())
+            evaluations.append((result["episodic_return"], line))
+            bar.write(line)
             sys.stdout.flush()
 
     envs.close()
     writer.close()
-    print("final evaluation: return {:.1f} ± {:.1f} at step {}".format(*evaluations[-1]))
-    print("best evaluation:  return {:.1f} ± {:.1f} at step {}".format(*max(evaluations)))
+    print(f"final {evaluations[-1][1]}\nbest  {max(evaluations)[1]}")
     if args.save_model:
         save_model(run_dir / "model.pt", agent, args)
-        print(f"watch it: python {Path(__file__).name} --env-id {args.env_id} --evaluate {run_dir} --capture-video")
+        print(f"watch: python {Path(__file__).name} --env-id {args.env_id} --evaluate {run_dir} --capture-video")
     if args.track:
         wandb.finish()
 
