@@ -211,7 +211,7 @@ class Critics(nn.Module):
 
 
 class ReplayBuffer:
-    """The last `size` transitions, one row each, so that a batch is gathered by one indexing operation."""
+    """The last `size` transitions, one row each: a batch is one indexing operation."""
 
     def __init__(self, size, obs_dim, action_dim, device):
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
@@ -490,15 +490,6 @@ def validate(args):
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
-def choose_device(args):
-    """The device, printed; CUDA where it was asked for and is there."""
-    if args.cuda and torch.cuda.is_available():
-        print(f"device: cuda ({torch.cuda.get_device_name()})", flush=True)
-        return torch.device("cuda")
-    print(f"device: cpu{' (--cuda is on, but PyTorch finds no CUDA device)' if args.cuda else ''}", flush=True)
-    return torch.device("cpu")
-
-
 def save_model(path, agent, args):
     """Write what --evaluate needs; through a temporary file, so that path never holds half a model."""
     model = {"algorithm": ALGORITHM, "args": asdict(args)}
@@ -515,24 +506,16 @@ def load_model(args):
         fail(f"--evaluate: there is no file {path}; give the model.pt that a training run wrote, or its folder")
     try:
         model = torch.load(path, map_location="cpu", weights_only=True)
-        algorithm, env_id = model["algorithm"], model["args"]["env_id"]
+        algorithm, saved = model["algorithm"], model["args"]
+        env_id = saved["env_id"]
     except Exception as error:  # damaged files raise many kinds of errors
         fail(f"--evaluate: {path} is not a whole model file ({type(error).__name__}); write it again")
     if algorithm != ALGORITHM:
         fail(f"--evaluate: {path} holds a model of {algorithm}, not of {ALGORITHM}; use the script of {algorithm}")
     if env_id != args.env_id:
         fail(f"--evaluate: {path} was trained on {env_id}, not on {args.env_id}; add --env-id {env_id}")
-    chosen = [
-        "exp_name",
-        "seed",
-        "torch_deterministic",
-        "cuda",
-        "capture_video",
-        "evaluate",
-        "compile",
-        "eval_episodes",
-    ]
-    return model, replace(Args(**model["args"]), **{name: getattr(args, name) for name in chosen})
+    chosen = "exp_name seed torch_deterministic cuda capture_video evaluate compile eval_episodes".split()
+    return model, replace(args, **{name: saved[name] for name in saved if name not in chosen})
 
 
 def append_row(path, *row):
@@ -546,7 +529,9 @@ def main(args):
     mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
     model, args = load_model(args) if args.evaluate else (None, args)
     obs_dim, action_dim = validate(args)
-    device = choose_device(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    missing = " (--cuda is on, but PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
+    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{missing}", flush=True)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
@@ -554,8 +539,11 @@ def main(args):
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
     if args.evaluate:
-        agent.ema_policy.load_state_dict(model["policy"])
-        agent.critics.load_state_dict(model["critics"])
+        try:
+            agent.ema_policy.load_state_dict(model["policy"])
+            agent.critics.load_state_dict(model["critics"])
+        except (KeyError, RuntimeError):
+            fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
         result = evaluate(agent, args, device, video_dir / "evaluation" if args.capture_video else None)
         print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
         return
@@ -564,14 +552,8 @@ def main(args):
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_name,
-            config=asdict(args),
-            sync_tensorboard=True,
-            save_code=True,
-        )
+        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        wandb.init(**project, name=run_name, config=asdict(args), sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run_dir)
     table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
