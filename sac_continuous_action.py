@@ -1,0 +1,474 @@
+"""Soft Actor-Critic (SAC): the baseline of sdac_continuous_action.py, in one file on the same skeleton.
+
+The policy is a Gaussian squashed by tanh into the box of actions; it maximises E[min_j Q_j(s, a) - α log π(a|s)],
+and the temperature α is tuned so that the policy's entropy stays near its target of -d.
+
+    python sac_continuous_action.py --env-id Humanoid-v4 --cuda     # train; curves: tensorboard --logdir runs
+    python sac_continuous_action.py --env-id Humanoid-v4 --evaluate runs/<run name>/model.pt --capture-video
+
+Paper: Haarnoja, Zhou, Hartikainen, et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
+Environments, warm-up, critics, batch, learning rates and reward scale are SDAC's, so that the two files compare
+algorithms at an equal budget: 5 environments and one update per vector step. --num-envs 1 is the classic one update
+per environment step. Unlike CleanRL's SAC, networks have three mish layers instead of two ReLU layers, the critics
+learn at the policy's rate, and the policy is updated once per update instead of twice every second one.
+
+Shapes: B batch, d action dimension, H hidden width.
+"""
+
+import csv
+import difflib
+import itertools
+import math
+import os
+import sys
+import time
+import warnings
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGORITHM = "sac"
+LOG_STD_MIN, LOG_STD_MAX = -5, 2
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem  # the name of this experiment
+    seed: int = 1  # seed of the networks, the sampling and the environments
+    torch_deterministic: bool = True  # ask PyTorch for deterministic kernels where it has them
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "sac"  # the W&B project
+    wandb_entity: str | None = None  # the W&B team
+    capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
+    save_model: bool = True  # write model.pt into the run folder at the end
+    evaluate: str | None = None  # evaluate this model.pt (or its run folder) instead of training
+    compile: bool = False  # torch.compile the networks: a slower start, faster updates
+
+    env_id: str = "HalfCheetah-v4"  # the Gymnasium task
+    total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
+    num_envs: int = 5  # environments in parallel; one update follows each vector step
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    learning_starts: int = 30_000  # warm-up: environment steps of uniformly random actions
+    eval_frequency: int | None = None  # environment steps between evaluations (default: 20 evaluations a run)
+    eval_episodes: int = 20  # episodes of an evaluation
+
+    gamma: float = 0.99  # discount factor γ
+    tau: float = 0.005  # rate of the moving average (target critics)
+    batch_size: int = 256  # transitions in an update
+    policy_lr: float = 3e-4  # learning rate of the policy
+    q_lr: float = 3e-4  # learning rate of the critics
+    policy_frequency: int = 1  # updates per policy update
+    target_network_frequency: int = 1  # updates per step of the moving average
+    reward_scale: float = 0.2  # rewards are multiplied by this before they reach the critics
+    alpha_lr: float = 3e-4  # learning rate of log α
+
+
+def fail(message):
+    """Bad input: one sentence on stderr and exit status 2, before anything is written."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_env(env_id, video=None):
+    """The task with actions rescaled from its own bounds to [-1, 1]; its first episode is filmed if video is a path."""
+    env = gym.make(env_id, render_mode="rgb_array" if video else None)
+    if video:
+        first = lambda episode: episode == 0  # noqa: E731
+        env = gym.wrappers.RecordVideo(env, video.parent, first, name_prefix=video.name, disable_logger=True)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def make_vector_env(env_fns):
+    # With SAME_STEP, an episode's true last observation is in infos["final_obs"] and no step is spent on the reset
+    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def final_observations(next_obs, infos):
+    """Observations that the actions led to: of an episode that ended, its last one, not the first after the reset."""
+    next_obs = next_obs.copy()
+    for i in np.flatnonzero(infos.get("_final_obs", [])):
+        next_obs[i] = infos["final_obs"][i]
+    return next_obs
+
+
+def mish(x):
+    """x·tanh(softplus(x)). Compiled, it is written with one exponential, w = exp(x): x·n/(n+2), n = w(w+2)."""
+    if not torch.compiler.is_compiling():
+        return F.mish(x)
+    w = x.clamp(max=20).exp()
+    n = w * (w + 2)
+    return x * n / (n + 2)
+
+
+class Actor(nn.Module):
+    """Mean and log standard deviation of the Gaussian before tanh, an MLP on s."""
+
+    def __init__(self, obs_dim, action_dim, hidden_dim=256):
+        super().__init__()
+        self.input_layer = nn.Linear(obs_dim, hidden_dim)
+        self.hidden_layers = nn.ModuleList([nn.Linear(hidden_dim, hidden_dim) for _ in range(2)])
+        self.output_layer = nn.Linear(hidden_dim, 2 * action_dim)
+
+    def forward(self, obs):
+        """(B, obs_dim) -> mean, log_std, both (B, d); log_std is squashed into [LOG_STD_MIN, LOG_STD_MAX]."""
+        h = mish(self.input_layer(obs))
+        for layer in self.hidden_layers:
+            h = mish(layer(h))
+        mean, log_std = self.output_layer(h).chunk(2, dim=1)
+        return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
+
+
+class Critics(nn.Module):
+    """Twin critics Q_1, Q_2 as one batched MLP on (s, a)."""
+
+    def __init__(self, obs_dim, action_dim, hidden_dim=256):
+        super().__init__()
+        sizes = [obs_dim + action_dim, hidden_dim, hidden_dim, hidden_dim, 1]
+        self.obs_dim = obs_dim
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise(sizes):  # initialised as nn.Linear is
+            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+            self.biases.append(torch.empty(2, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+
+    def forward(self, obs, actions):
+        """Values (2, B, N) of N actions in each of B states: obs (B, obs_dim), actions (B, N, d)."""
+        obs_weight, action_weight = self.weights[0].split([self.obs_dim, actions.shape[-1]], dim=1)
+        context = obs @ obs_weight + self.biases[0]  # once per state: (2, B, H)
+        h = mish(context[:, :, None] + (actions.flatten(0, 1) @ action_weight).unflatten(1, actions.shape[:2]))
+        h = h.flatten(1, 2)
+        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
+            h = mish(torch.baddbmm(bias, h, weight))
+        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).view(2, *actions.shape[:2])
+
+
+class ReplayBuffer:
+    """The last `size` transitions, one row each: a batch is one indexing operation."""
+
+    def __init__(self, size, obs_dim, action_dim, device):
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.size, self.position, self.filled = size, 0, 0
+        needed, free = 4 * size * sum(self.sizes), free_memory(device)
+        if needed > free:
+            fail(
+                f"--buffer-size {size} asks for {needed / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free; "
+                "choose a smaller --buffer-size"
+            )
+        self.rows = torch.empty(size, sum(self.sizes), device=device)
+
+    def add(self, obs, actions, rewards, next_obs, terminations):
+        """Append N transitions in ring order: obs, next_obs (N, obs_dim), actions (N, d), the others (N,)."""
+        rows = torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None]], dim=1)
+        index = (self.position + torch.arange(len(rows), device=rows.device)) % self.size
+        self.rows[index] = rows
+        self.position = (self.position + len(rows)) % self.size
+        self.filled = min(self.filled + len(rows), self.size)
+
+    def sample(self, batch_size, generator):
+        """obs, actions, rewards, next_obs, terminations, drawn uniformly with replacement."""
+        index = torch.randint(self.filled, (batch_size,), generator=generator, device=self.rows.device)
+        obs, actions, rewards, next_obs, terminations = self.rows[index].split(self.sizes, dim=1)
+        return obs, actions, rewards[:, 0], next_obs, terminations[:, 0]
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on the device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not os.path.exists("/proc/meminfo"):
+        return math.inf
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def sample_actions(actor, obs, generator):
+    """a = tanh(u), u ~ N(mean, std²), and its log-density on (-1, 1)^d, by the change of variables
+
+    log π(a|s) = Σ [log N(u; mean, std²) - log(1 - tanh² u)].    obs (B, obs_dim) -> actions (B, d), log π (B,)"""
+    mean, log_std = actor(obs)
+    eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    u = mean + log_std.exp() * eps
+    log_normal = -0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh² u) without cancellation
+    return u.tanh(), (log_normal - log_derivative).sum(1)
+
+
+@torch.no_grad()
+def ema_update(average, source, tau):
+    """average ← τ source + (1-τ) average, for every parameter of two modules."""
+    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), tau)
+
+
+def gradient_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+class Agent(nn.Module):
+    """Policy, critics, their moving average and optimisers. act() takes actions, update() learns from a batch."""
+
+    def __init__(self, args, obs_dim, action_dim, device):
+        super().__init__()
+        self.args, self.action_dim, self.updates = args, action_dim, 0
+        self.policy = Actor(obs_dim, action_dim)
+        self.critics, self.target_critics = Critics(obs_dim, action_dim), Critics(obs_dim, action_dim)
+        self.target_critics.load_state_dict(self.critics.state_dict())
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        self.to(device)
+        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr)
+        if args.compile:
+            for network in self.children():
+                network.compile(dynamic=False)
+
+    @torch.no_grad()
+    def act(self, obs, generator, explore):
+        """Actions (B, d) in the environment: samples of the policy, or the tanh of its mean."""
+        return sample_actions(self.policy, obs, generator)[0] if explore else self.policy(obs)[0].tanh()
+
+    def update(self, batch, generator):
+        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
+        obs, actions, rewards, next_obs, terminations = batch
+        args, alpha = self.args, self.log_alpha.detach().exp()
+        self.updates += 1
+
+        # Critics: mean squared error to r + γ (min_j Q̄_j(s', a') - α log π(a'|s'))
+        with torch.no_grad():
+            next_actions, next_log_prob = sample_actions(self.policy, next_obs, generator)
+            next_q = self.target_critics(next_obs, next_actions[:, None]).amin(0)[:, 0] - alpha * next_log_prob
+            target_q = args.reward_scale * rewards + args.gamma * (1 - terminations) * next_q
+        q = self.critics(obs, actions[:, None])[..., 0]
+        q_losses = (q - target_q).square().mean(1)
+        gradient_step(self.q_optimizer, q_losses.sum())
+        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha}
+        metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
+
+        if self.updates % args.policy_frequency == 0:
+            # Policy: maximise min_j Q_j(s, a) - α log π(a|s)
+            new_actions, log_prob = sample_actions(self.policy, obs, generator)
+            loss = (alpha * log_prob - self.critics(obs, new_actions[:, None]).amin(0)[:, 0]).mean()
+            gradient_step(self.policy_optimizer, loss)
+            # α: raised while the policy's entropy is below its target -d, lowered while it is above
+            entropy, target_entropy = -log_prob.detach().mean(), -self.action_dim
+            gradient_step(self.alpha_optimizer, -self.log_alpha.exp() * (target_entropy - entropy))
+            metrics |= {"actor_loss": loss, "entropy": entropy}
+
+        if self.updates % args.target_network_frequency == 0:
+            ema_update(self.target_critics, self.critics, args.tau)
+        return {name: value.detach() for name, value in metrics.items()}
+
+
+def evaluate(agent, args, device, video=None):
+    """Mean and spread of the returns of --eval-episodes episodes, one per environment, without exploration noise.
+
+    Every evaluation starts from the same seeds and leaves the training's environments and random stream alone."""
+    n, seed = args.eval_episodes, args.seed + 1_000_000
+    envs = make_vector_env([partial(make_env, args.env_id, video if i == 0 else None) for i in range(n)])
+    generator = torch.Generator(device).manual_seed(seed)
+    obs, _ = envs.reset(seed=seed)
+    returns, lengths, running = np.zeros(n), np.zeros(n), np.ones(n, dtype=bool)
+    while running.any():
+        actions = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator, explore=False)
+        obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
+        returns += rewards * running
+        lengths += running
+        running &= ~(terminations | truncations)
+    envs.close()
+    result = {"episodic_return": returns.mean(), "episodic_return_std": returns.std()}
+    return result | {"episodic_length": lengths.mean()}
+
+
+def validate(args):
+    """Refuse bad arguments, in one sentence, before any work. Returns the task's obs_dim and action_dim."""
+    limits = {
+        "seed": (0 <= args.seed < 2**31, "from 0 to 2147483647"),
+        "gamma": (0 <= args.gamma <= 1, "from 0 to 1"),
+        "tau": (0 < args.tau <= 1, "above 0 and at most 1"),
+    }
+    for name, value in asdict(args).items():
+        if type(value) is int:
+            limits.setdefault(name, (value >= 1, "of at least 1"))
+        elif type(value) is float:
+            limits.setdefault(name, (0 < value < math.inf, "above 0"))
+    for name, (allowed, interval) in limits.items():
+        if not allowed:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; give a value {interval}")
+    if args.learning_starts > args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps {args.total_timesteps}; lower it")
+    stored = min(args.learning_starts // args.num_envs * args.num_envs, args.buffer_size)
+    if args.batch_size > stored or args.num_envs > args.buffer_size:
+        fail(
+            f"--batch-size {args.batch_size} is more than the {stored} transitions stored when learning starts; "
+            "lower it, or raise --learning-starts or --buffer-size"
+        )
+    try:
+        env = gym.make(args.env_id)
+    except Exception as error:  # a task's constructor may raise anything
+        similar = difflib.get_close_matches(args.env_id, gym.registry.keys() - {args.env_id}, n=3)
+        hint = f"; similar names: {', '.join(similar)}" if similar else ""
+        fail(f"--env-id {args.env_id} cannot be made: {str(error).splitlines()[0].rstrip('.')}{hint}")
+    for kind, space in {"observations": env.observation_space, "actions": env.action_space}.items():
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"{args.env_id} has {kind} in {space}; choose a task where they are vectors, as in MuJoCo tasks")
+    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        fail(f"{args.env_id} has unbounded actions, {env.action_space}; choose a task with finite bounds")
+    if args.capture_video:
+        try:
+            film = gym.make(args.env_id, render_mode="rgb_array")
+            film.reset(seed=args.seed)
+            film.render()
+            film.close()
+        except Exception as error:
+            fail(
+                f"--capture-video cannot render {args.env_id} ({type(error).__name__}); set MUJOCO_GL=egl (with a GPU) "
+                "or MUJOCO_GL=osmesa (without one; needs the OSMesa library)"
+            )
+    return env.observation_space.shape[0], env.action_space.shape[0]
+
+
+def save_model(path, agent, args):
+    """Write what --evaluate needs; through a temporary file, so that path never holds half a model."""
+    model = {"algorithm": ALGORITHM, "args": asdict(args)}
+    model |= {"policy": agent.policy.state_dict(), "critics": agent.critics.state_dict()}
+    torch.save(model, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_model(args):
+    """The model of --evaluate and its arguments; the command line chooses only how to evaluate it."""
+    path = Path(args.evaluate)
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file():
+        fail(f"--evaluate: there is no file {path}; give the model.pt that a training run wrote, or its folder")
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        algorithm, saved = model["algorithm"], model["args"]
+        env_id = saved["env_id"]
+    except Exception as error:  # damaged files raise many kinds of errors
+        fail(f"--evaluate: {path} is not a whole model file ({type(error).__name__}); write it again")
+    if algorithm != ALGORITHM:
+        fail(f"--evaluate: {path} holds a model of {algorithm}, not of {ALGORITHM}; use the script of {algorithm}")
+    if env_id != args.env_id:
+        fail(f"--evaluate: {path} was trained on {env_id}, not on {args.env_id}; add --env-id {env_id}")
+    chosen = "exp_name seed torch_deterministic cuda capture_video evaluate compile eval_episodes".split()
+    return model, replace(args, **{name: saved[name] for name in saved if name not in chosen})
+
+
+def append_row(path, *row):
+    with open(path, "a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(row)
+
+
+def main(args):
+    warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
+    warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
+    mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
+    model, args = load_model(args) if args.evaluate else (None, args)
+    obs_dim, action_dim = validate(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    missing = " (--cuda is on, but PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
+    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{missing}", flush=True)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
+    agent = Agent(args, obs_dim, action_dim, device)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
+    if args.evaluate:
+        try:
+            agent.policy.load_state_dict(model["policy"])
+            agent.critics.load_state_dict(model["critics"])
+        except (KeyError, RuntimeError):
+            fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
+        result = evaluate(agent, args, device, video_dir / "evaluation" if args.capture_video else None)
+        print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
+        return
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+
+    if args.track:
+        import wandb
+
+        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        wandb.init(**project, name=run_name, config=asdict(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir)
+    table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    eval_columns = ["episodic_return", "episodic_return_std", "episodic_length"]
+    append_row(run_dir / "metrics.csv", "global_step", "updates", *eval_columns)
+    append_row(run_dir / "timing.csv", "global_step", "updates", "seconds", "evaluation_seconds")
+
+    envs = make_vector_env([partial(make_env, args.env_id)] * args.num_envs)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
+    eval_frequency = args.eval_frequency or max(args.total_timesteps // 20, args.num_envs)
+    recent_returns, evaluations, metrics = deque(maxlen=20), [], {}
+    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
+    bar = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)  # None: quiet when not a terminal
+    start_time = time.time()
+    obs, _ = envs.reset(seed=args.seed)
+    for global_step in bar:
+        if global_step <= args.learning_starts:
+            actions = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
+        else:
+            actions = agent.act(to_tensor(obs), generator, explore=True)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        # A truncated episode has not terminated: its last state has a future, so the critics bootstrap from it
+        last_obs = final_observations(next_obs, infos)
+        buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
+        obs = next_obs
+        for i in np.flatnonzero(terminations | truncations):
+            recent_returns.append(infos["episode"]["r"][i])
+            writer.add_scalar("charts/episodic_return", infos["episode"]["r"][i], global_step)
+            writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], global_step)
+
+        if global_step > args.learning_starts:
+            metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
+            if agent.updates % 100 == 0:
+                for name, value in metrics.items():
+                    writer.add_scalar(f"losses/{name}", value.item(), global_step)
+                sps = int(global_step / (time.time() - start_time))
+                writer.add_scalar("charts/SPS", sps, global_step)
+                bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
+
+        if global_step % eval_frequency < args.num_envs or global_step == steps[-1]:
+            eval_start = time.time()
+            video = video_dir / f"step-{global_step}" if args.capture_video else None
+            result = evaluate(agent, args, device, video)
+            now = time.time()
+            append_row(run_dir / "metrics.csv", global_step, agent.updates, *result.values())
+            append_row(run_dir / "timing.csv", global_step, agent.updates, now - start_time, now - eval_start)
+            for name, value in result.items():
+                writer.add_scalar(f"eval/{name}", value, global_step)
+            if args.track and video:
+                wandb.log({"eval/video": wandb.Video(str(next(video_dir.glob(f"{video.name}-*.mp4"))))})
+            line = "evaluation at step {}: return {:.1f} ± {:.1f}, length {:.0f}".format(global_step, *result.values())
+            evaluations.append((result["episodic_return"], line))
+            bar.write(line)
+            sys.stdout.flush()
+
+    envs.close()
+    writer.close()
+    print(f"final {evaluations[-1][1]}\nbest  {max(evaluations)[1]}")
+    if args.save_model:
+        save_model(run_dir / "model.pt", agent, args)
+        print(f"watch: python {Path(__file__).name} --env-id {args.env_id} --evaluate {run_dir} --capture-video")
+    if args.track:
+        wandb.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
