@@ -470,10 +470,11 @@ def validate(args):
     except Exception as error:  # a task's constructor may raise anything
         similar = difflib.get_close_matches(args.env_id, gym.registry.keys() - {args.env_id}, n=3)
         hint = f"; similar names: {', '.join(similar)}" if similar else ""
-        fail(f"--env-id {args.env_id} cannot be made: {str(error).splitlines()[0].rstrip('.')}{hint}")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"--env-id {args.env_id} cannot be made: {reason}{hint}")
     for kind, space in {"observations": env.observation_space, "actions": env.action_space}.items():
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"{args.env_id} has {kind} in {space}; choose a task where they are vectors, as in MuJoCo tasks")
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
+            fail(f"{args.env_id} has {kind} in {space}; choose a task with real vectors, as MuJoCo's have")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"{args.env_id} has unbounded actions, {env.action_space}; choose a task with finite bounds")
     if args.capture_video:
@@ -515,7 +516,10 @@ def load_model(args):
     if env_id != args.env_id:
         fail(f"--evaluate: {path} was trained on {env_id}, not on {args.env_id}; add --env-id {env_id}")
     chosen = "exp_name seed torch_deterministic cuda capture_video evaluate compile eval_episodes".split()
-    return model, replace(args, **{name: saved[name] for name in saved if name not in chosen})
+    try:
+        return model, replace(args, **{name: saved[name] for name in saved if name not in chosen})
+    except TypeError:
+        fail(f"--evaluate: {path} was written by another version of this script; use that version or train again")
 
 
 def append_row(path, *row):
@@ -527,22 +531,23 @@ def main(args):
     warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
     warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
     mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
-    model, args = load_model(args) if args.evaluate else (None, args)
+    model, args = load_model(args) if args.evaluate is not None else (None, args)
     obs_dim, action_dim = validate(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     missing = " (--cuda is on, but PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{missing}", flush=True)
     torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
     agent = Agent(args, obs_dim, action_dim, device)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
-    if args.evaluate:
+    if model:
         try:
             agent.ema_policy.load_state_dict(model["policy"])
             agent.critics.load_state_dict(model["critics"])
-        except (KeyError, RuntimeError):
+        except Exception:
             fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
         result = evaluate(agent, args, device, video_dir / "evaluation" if args.capture_video else None)
         print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))

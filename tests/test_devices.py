@@ -19,7 +19,7 @@ def updates(module, device, monkeypatch, **settings):
     for name in ("rand", "randn", "randint"):
         draw = getattr(torch, name)
 
-        def on_cpu(*args, draw=draw, generator, device, **kwargs):
+        def on_cpu(*args, draw=draw, generator, device="cpu", **kwargs):
             return draw(*args, generator=generator, **kwargs).to(device)
 
         monkeypatch.setattr(torch, name, on_cpu)
