@@ -286,7 +286,8 @@ def reverse_samples(schedule, a_t, t, uniform, proposal):
         high = (a_t + schedule.signal[t]) / schedule.noise[t]  # the ε for which â = -1
         upper = a_t > 0  # Φ loses its digits near 1: mirror intervals of the upper tail into the lower one
         low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
-        cdf_low, cdf_high = torch.special.ndtr(low), torch.special.ndtr(high)
+        # Φ(x) = erfc(-x/√2)/2 is exact in the lower tail, where torch.special.ndtr loses its digits too
+        cdf_low, cdf_high = (0.5 * torch.special.erfc(-x / math.sqrt(2)) for x in (low, high))
         eps = torch.special.ndtri((cdf_low + uniform * (cdf_high - cdf_low)).clamp(min=tiny))
         eps = eps.maximum(low).minimum(high)
         eps = torch.where(upper, -eps, eps)

@@ -1,0 +1,130 @@
+"""Shared by the tests: both scripts as modules, settings that make a run small, and hand-made environments."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["sdac_continuous_action", "sac_continuous_action"]
+SMALL = {
+    "sdac_continuous_action": {"denoising_steps": 3, "num_particles": 2, "num_reverse_samples": 4},
+    "sac_continuous_action": {},
+}
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses; as many threads here, so that sums have the same order
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    for known in (".*out of date:DeprecationWarning", "compiler attribute:UserWarning"):  # of the -v4 tasks
+        config.addinivalue_line("filterwarnings", f"ignore:{known}")
+
+
+class Scripted(gym.Env):
+    """Episodes that follow a script, so that every transition can be listed by hand.
+
+    plan[who] lists (length, ending) of the episodes of the who-th environment that is reset, counted from 0; the last
+    entry repeats, and environments beyond the plan have one-step episodes. Observation: (who, episode, step).
+    Reward: 100 episode + 10 who + step. `received` records (who, episode, step, action) of every step."""
+
+    plan, born, received = [], 0, []
+
+    def __init__(self, render_mode=None):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+        self.action_space = gym.spaces.Box(np.float32([-3, 1]), np.float32([1, 2]))
+        self.who, self.episode = None, -1
+
+    def observation(self):
+        return np.array([self.who, self.episode, self.step_number], np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        if self.who is None:
+            self.who, Scripted.born = Scripted.born, Scripted.born + 1
+        self.episode, self.step_number = self.episode + 1, 0
+        return self.observation(), {}
+
+    def step(self, action):
+        Scripted.received.append((self.who, self.episode, self.step_number, np.array(action)))
+        self.step_number += 1
+        plan = Scripted.plan[self.who] if self.who < len(Scripted.plan) else [(1, "terminated")]
+        length, ending = plan[min(self.episode, len(plan) - 1)]
+        over = self.step_number == length
+        reward = 100.0 * self.episode + 10 * self.who + self.step_number
+        return self.observation(), reward, over and ending != "truncated", over and ending != "terminated", {}
+
+
+class Spaces(gym.Env):
+    """An environment with the given spaces, in which nothing happens."""
+
+    def __init__(self, observation_space, action_space, render_mode=None):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """The name of a script."""
+    return request.param
+
+
+@pytest.fixture
+def module(script):
+    """A script as a module."""
+    return importlib.import_module(script)
+
+
+@pytest.fixture
+def small_args(script, module):
+    """Makes the Args of a small run on the CPU; keywords override them."""
+    small = {"cuda": False, "num_envs": 2, "learning_starts": 50, "batch_size": 16, "eval_episodes": 2}
+    return lambda **chosen: module.Args(**{**small, **SMALL[script], **chosen})
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Registers Scripted as Scripted-v0 and returns the class, with its counters at zero."""
+    monkeypatch.setitem(gym.registry, "Scripted-v0", gym.envs.registration.EnvSpec("Scripted-v0", Scripted))
+    for name, value in {"plan": [], "born": 0, "received": []}.items():
+        monkeypatch.setattr(Scripted, name, value)
+    return Scripted
+
+
+@pytest.fixture
+def register_spaces(monkeypatch):
+    """Registers Spaces-v0 with the given observation and action space."""
+
+    def register(observation_space, action_space):
+        kwargs = {"observation_space": observation_space, "action_space": action_space}
+        monkeypatch.setitem(
+            gym.registry, "Spaces-v0", gym.envs.registration.EnvSpec("Spaces-v0", Spaces, kwargs=kwargs)
+        )
+
+    return register
+
+
+def command_line(script, *flags, cwd, env=None):
+    """The script as a user starts it, without a GPU and without a display."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "120"}
+    environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL") and not k.startswith("WANDB")}
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=environ | hidden | (env or {}), capture_output=True, text=True)
+
+
+def small_flags(script):
+    """Command line of a small run, without the task and the number of steps."""
+    small = {"num_envs": 2, "batch_size": 16, "eval_episodes": 2, **SMALL[script]}
+    return [text for name, value in small.items() for text in (f"--{name.replace('_', '-')}", str(value))]
