@@ -62,7 +62,7 @@ class Scripted(gym.Env):
 
 
 class Spaces(gym.Env):
-    """An environment with the given spaces, in which nothing happens."""
+    """An environment with the given spaces, in which nothing happens and every episode is one step long."""
 
     def __init__(self, observation_space, action_space, render_mode=None):
         self.observation_space, self.action_space = observation_space, action_space
@@ -72,7 +72,7 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), {}
 
     def step(self, action):
-        return self.observation_space.sample(), 0.0, False, False, {}
+        return self.observation_space.sample(), 0.0, False, True, {}
 
 
 @pytest.fixture(params=SCRIPTS)

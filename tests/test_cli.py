@@ -59,12 +59,12 @@ def main(module, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def refused(main, capsys, recwarn, tmp_path):
-    """Asserts that main() refuses the flags as bad input should be, and returns the error message."""
+def refused(script, main, capsys, recwarn, tmp_path):
+    """Asserts that main() refuses a small run with the given flags in addition, and returns the error message."""
 
     def refused(*flags):
         with pytest.raises(SystemExit) as caught:
-            main(*flags)
+            main(*PENDULUM, *small_flags(script), *flags)
         assert caught.value.code == 2, flags
         error = capsys.readouterr().err
         assert re.fullmatch("error: [^\n]+\n", error), flags
@@ -296,9 +296,9 @@ def test_bad_numbers(script, module, refused):
 def test_numbers_that_do_not_fit_together(refused):
     """The warm-up has to fit into the run, and a batch into what the warm-up collects and the buffer keeps."""
     assert "--learning-starts" in refused("--learning-starts", 101, "--total-timesteps", 100)
-    for flags in ("--batch-size 300 --learning-starts 299", "--batch-size 300 --buffer-size 299"):
+    for flags in ("--learning-starts 49 --batch-size 50", "--learning-starts 50 --buffer-size 49 --batch-size 50"):
         assert "--batch-size" in refused(*flags.split())
-    error = refused("--env-id", "InvertedPendulum-v4", "--buffer-size", 10**12)
+    error = refused("--buffer-size", 10**12)
     assert "--buffer-size" in error and "44000.0 GB" in error  # 4 + 1 + 1 + 4 + 1 numbers of 4 bytes in a transition
 
 
@@ -362,8 +362,8 @@ def test_bad_model_files(script, trained, trained_runs, refused, tmp_path):
     path, model = tmp_path / "model.pt", torch.load(trained.run_dir / "model.pt", weights_only=True)
     whole = (trained.run_dir / "model.pt").read_bytes()
     evaluate = ["--env-id", "Humanoid-v4", "--evaluate"]
-    assert str(path) in refused(*evaluate, path)
-    assert str(path) in refused(*evaluate, tmp_path)
+    assert f"no file {path}" in refused(*evaluate, path)
+    assert f"no file {path}" in refused(*evaluate, tmp_path)
     for size in (0, 1, 100, 4096, len(whole) // 2, len(whole) - 100, len(whole) - 1):
         path.write_bytes(whole[:size])
         assert str(path) in refused(*evaluate, path)
@@ -385,6 +385,6 @@ def test_bad_model_files(script, trained, trained_runs, refused, tmp_path):
     assert "--eval-episodes" in refused(*evaluate, trained.run_dir, "--eval-episodes", 0)
 
 
-def test_evaluate_without_a_name(script, refused):
+def test_evaluate_without_a_name(refused):
     """An empty --evaluate, as from an unset variable of the shell, is refused; it does not start a training."""
-    assert "--evaluate" in refused(*PENDULUM, *small_flags(script), "--evaluate", "")
+    assert "--evaluate" in refused("--evaluate", "")
