@@ -4,9 +4,11 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ SMALL = {
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses; as many threads here, so that sums have the same order
 torch.set_num_threads(1)
+mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file, where a test does not call main()
 
 
 def pytest_configure(config):
