@@ -485,6 +485,7 @@ def validate(args):
             film.render()
             film.close()
         except Exception as error:
+            sys.unraisablehook = lambda _: None  # the half-made renderer fails once more when it is deleted
             fail(
                 f"--capture-video cannot render {args.env_id} ({type(error).__name__}); set MUJOCO_GL=egl (with a GPU) "
                 "or MUJOCO_GL=osmesa (without one; needs the OSMesa library)"
@@ -531,6 +532,7 @@ def append_row(path, *row):
 def main(args):
     warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
     warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos")  # one folder a run, one file each
     mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
     model, args = load_model(args) if args.evaluate is not None else (None, args)
     obs_dim, action_dim = validate(args)

@@ -32,7 +32,8 @@ def trained_runs(tmp_path_factory):
     def train(script):
         folder = tmp_path_factory.mktemp(script)
         process = command_line(script, *HUMANOID, *small_flags(script), "--cuda", cwd=folder)
-        return SimpleNamespace(process=process, folder=folder, run_dir=next(folder.glob("runs/*"), None))
+        assert process.returncode == 0, (process.returncode, process.stderr)
+        return SimpleNamespace(process=process, folder=folder, run_dir=next(folder.glob("runs/*")))
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(SCRIPTS, pool.map(train, SCRIPTS), strict=True))
@@ -93,7 +94,6 @@ def printed(row):
 
 def test_run_writes_its_files(script, trained):
     """A run leaves one folder with the events, both tables and the model, and nothing else."""
-    assert trained.process.returncode == 0
     assert os.listdir(trained.folder) == ["runs"] and len(os.listdir(trained.folder / "runs")) == 1
     assert re.fullmatch(rf"Humanoid-v4__{script}__1__\d+", trained.run_dir.name)
     events, *others = sorted(os.listdir(trained.run_dir))
