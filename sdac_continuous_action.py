@@ -454,7 +454,7 @@ def validate(args):
         if type(value) is int:
             limits.setdefault(name, (value >= 1, "of at least 1"))
         elif type(value) is float:
-            limits.setdefault(name, (0 < value < math.inf, "above 0"))
+            limits.setdefault(name, (0 < value < math.inf, "above 0 and finite"))
     for name, (allowed, interval) in limits.items():
         if not allowed:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; give a value {interval}")
@@ -467,7 +467,7 @@ def validate(args):
             "lower it, or raise --learning-starts or --buffer-size"
         )
     try:
-        env = gym.make(args.env_id)
+        env = gym.make(args.env_id, render_mode=None)
     except Exception as error:  # a task's constructor may raise anything
         similar = difflib.get_close_matches(args.env_id, gym.registry.keys() - {args.env_id}, n=3)
         hint = f"; similar names: {', '.join(similar)}" if similar else ""
@@ -478,6 +478,8 @@ def validate(args):
             fail(f"{args.env_id} has {kind} in {space}; choose a task with real vectors, as MuJoCo's have")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"{args.env_id} has unbounded actions, {env.action_space}; choose a task with finite bounds")
+    if not (env.action_space.low < env.action_space.high).all():
+        fail(f"{args.env_id} has actions without a range, {env.action_space}; choose a task where low < high")
     if args.capture_video:
         try:
             film = gym.make(args.env_id, render_mode="rgb_array")
@@ -555,6 +557,8 @@ def main(args):
         result = evaluate(agent, args, device, video_dir / "evaluation" if args.capture_video else None)
         print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
         return
+    if run_dir.exists():
+        fail(f"{run_dir} belongs to a run that began in the same second; start again")
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
 
     if args.track:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import SCRIPTS, command_line, small_flags
+from conftest import SCRIPTS, Spaces, command_line, small_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HUMANOID = "--env-id Humanoid-v4 --learning-starts 100 --total-timesteps 400 --eval-frequency 150".split()
@@ -350,6 +350,14 @@ def test_bad_spaces(refused, register_spaces, observation_space, action_space, w
     assert f"Spaces-v0 has {word}" in refused("--env-id", "Spaces-v0")
 
 
+def test_actions_without_a_range(module, small_args, register_spaces, capsys):
+    """An action that can only be one number, which Gymnasium itself just warns of, is refused."""
+    register_spaces(VECTOR, gym.spaces.Box(np.float32([-1, 2]), np.float32([1, 2])))
+    with pytest.warns(UserWarning, match="equal"), pytest.raises(SystemExit) as caught:
+        module.validate(small_args(env_id="Spaces-v0"))
+    assert caught.value.code == 2 and "actions without a range" in capsys.readouterr().err
+
+
 class Trap:
     """Creates a file when it is unpickled."""
 
@@ -388,3 +396,23 @@ def test_bad_model_files(script, trained, trained_runs, refused, tmp_path):
 def test_evaluate_without_a_name(refused):
     """An empty --evaluate, as from an unset variable of the shell, is refused; it does not start a training."""
     assert "--evaluate" in refused("--evaluate", "")
+
+
+def test_run_folders_are_not_shared(module, script, main, capsys, monkeypatch):
+    """A second run of the same name in the same second is refused and leaves the first one's files as they are."""
+    monkeypatch.setattr(module.time, "time", lambda: 2e9)
+    flags = [*PENDULUM, *small_flags(script), "--total-timesteps", 50]
+    folder = main(*flags)
+    (path,) = folder.glob("runs/*/metrics.csv")
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        main(*flags)
+    assert caught.value.code == 2 and path.parent.name in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_tasks_that_cannot_be_drawn_are_refused_early(refused, monkeypatch):
+    """A task whose constructor knows no render_mode is refused before the run folder is made."""
+    plain = type("Plain", (Spaces,), {"__init__": lambda self: Spaces.__init__(self, VECTOR, VECTOR)})
+    spec = gym.envs.registration.EnvSpec("Plain-v0", plain)
+    monkeypatch.setitem(gym.registry, "Plain-v0", spec)
+    assert "Plain-v0" in refused("--env-id", "Plain-v0")
