@@ -16,6 +16,7 @@ Shapes: B batch, d action dimension, H hidden width.
 """
 
 import csv
+import ctypes
 import difflib
 import itertools
 import math
@@ -54,7 +55,8 @@ class Args:
     capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
     save_model: bool = True  # write model.pt into the run folder at the end
     evaluate: str | None = None  # evaluate this model.pt (or its run folder) instead of training
-    compile: bool = False  # torch.compile the networks: a slower start, faster updates
+    compile: bool = not torch.cuda.is_available()  # torch.compile the networks (on CUDA not by default: untried)
+    cudagraphs: bool = False  # on CUDA, record the update once and replay it (untried)
 
     env_id: str = "HalfCheetah-v4"  # the Gymnasium task
     total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
@@ -125,7 +127,7 @@ class Actor(nn.Module):
         """(B, obs_dim) -> mean, log_std, both (B, d); log_std is squashed into [LOG_STD_MIN, LOG_STD_MAX]."""
         h = mish(self.input_layer(obs))
         for layer in self.hidden_layers:
-            h = mish(layer(h))
+            h = mish(F.linear(h, layer.weight) + layer.bias)  # compiled, the bias is added in mish's pass over memory
         mean, log_std = self.output_layer(h).chunk(2, dim=1)
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
 
@@ -149,8 +151,8 @@ class Critics(nn.Module):
         h = mish(context[:, :, None] + (actions.flatten(0, 1) @ action_weight).unflatten(1, actions.shape[:2]))
         h = h.flatten(1, 2)
         for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
-            h = mish(torch.baddbmm(bias, h, weight))
-        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).view(2, *actions.shape[:2])
+            h = mish(h @ weight + bias)
+        return (h @ self.weights[-1] + self.biases[-1]).view(2, *actions.shape[:2])
 
 
 class ReplayBuffer:
@@ -216,6 +218,27 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
+class CudaGraph:
+    """A function of tensors that is called three times, then recorded as a CUDA graph, and replayed from then on: the
+    same kernels in one launch. Each replay overwrites the tensors that the one before it returned."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, tensors, generator):
+        self.calls += 1
+        if self.calls <= 3:  # until kernels are chosen and optimisers set up
+            return self.function(tensors, generator)
+        if self.calls == 4:
+            self.inputs = [x.clone() for x in tensors]
+            self.graph.register_generator_state(generator)
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.outputs = self.function(self.inputs, generator)
+        torch._foreach_copy_(self.inputs, tensors)
+        self.graph.replay()
+        return self.outputs
+
+
 class Agent(nn.Module):
     """Policy, critics, their moving average and optimisers. act() takes actions, update() learns from a batch."""
 
@@ -227,25 +250,25 @@ class Agent(nn.Module):
         self.target_critics.load_state_dict(self.critics.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.to(device)
-        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr)
+        adam = partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
+        self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
+        self.policy_optimizer = adam(self.policy.parameters(), lr=args.policy_lr)
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
         if args.compile:
             for network in self.children():
-                network.compile(dynamic=False)
+                network.compile(dynamic=True)  # one compilation for all numbers of states
+        if args.cudagraphs:
+            self.update_critics, self.update_policy = CudaGraph(self.update_critics), CudaGraph(self.update_policy)
 
     @torch.no_grad()
     def act(self, obs, generator, explore):
         """Actions (B, d) in the environment: samples of the policy, or the tanh of its mean."""
         return sample_actions(self.policy, obs, generator)[0] if explore else self.policy(obs)[0].tanh()
 
-    def update(self, batch, generator):
-        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
+    def update_critics(self, batch, generator):
+        """Mean squared error to r + γ (min_j Q̄_j(s', a') - α log π(a'|s')). Returns metrics."""
         obs, actions, rewards, next_obs, terminations = batch
         args, alpha = self.args, self.log_alpha.detach().exp()
-        self.updates += 1
-
-        # Critics: mean squared error to r + γ (min_j Q̄_j(s', a') - α log π(a'|s'))
         with torch.no_grad():
             next_actions, next_log_prob = sample_actions(self.policy, next_obs, generator)
             next_q = self.target_critics(next_obs, next_actions[:, None]).amin(0)[:, 0] - alpha * next_log_prob
@@ -255,20 +278,30 @@ class Agent(nn.Module):
         gradient_step(self.q_optimizer, q_losses.sum())
         metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha}
         metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
-
-        if self.updates % args.policy_frequency == 0:
-            # Policy: maximise min_j Q_j(s, a) - α log π(a|s)
-            new_actions, log_prob = sample_actions(self.policy, obs, generator)
-            loss = (alpha * log_prob - self.critics(obs, new_actions[:, None]).amin(0)[:, 0]).mean()
-            gradient_step(self.policy_optimizer, loss)
-            # α: raised while the policy's entropy is below its target -d, lowered while it is above
-            entropy, target_entropy = -log_prob.detach().mean(), -self.action_dim
-            gradient_step(self.alpha_optimizer, -self.log_alpha.exp() * (target_entropy - entropy))
-            metrics |= {"actor_loss": loss, "entropy": entropy}
-
-        if self.updates % args.target_network_frequency == 0:
-            ema_update(self.target_critics, self.critics, args.tau)
         return {name: value.detach() for name, value in metrics.items()}
+
+    def update_policy(self, batch, generator):
+        """Maximise min_j Q_j(s, a) - α log π(a|s); raise α while the policy's entropy is below its target -d, lower it
+        while it is above. Returns metrics."""
+        obs, alpha = batch[0], self.log_alpha.detach().exp()
+        new_actions, log_prob = sample_actions(self.policy, obs, generator)
+        self.critics.requires_grad_(False)  # here the gradient is wanted in the actions, not in the critics' weights
+        loss = (alpha * log_prob - self.critics(obs, new_actions[:, None]).amin(0)[:, 0]).mean()
+        gradient_step(self.policy_optimizer, loss)
+        self.critics.requires_grad_(True)
+        entropy, target_entropy = -log_prob.detach().mean(), -self.action_dim
+        gradient_step(self.alpha_optimizer, -self.log_alpha.exp() * (target_entropy - entropy))
+        return {"actor_loss": loss.detach(), "entropy": entropy}
+
+    def update(self, batch, generator):
+        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
+        self.updates += 1
+        metrics = self.update_critics(batch, generator)
+        if self.updates % self.args.policy_frequency == 0:
+            metrics = metrics | self.update_policy(batch, generator)
+        if self.updates % self.args.target_network_frequency == 0:
+            ema_update(self.target_critics, self.critics, self.args.tau)
+        return metrics
 
 
 def evaluate(agent, args, device, video=None):
@@ -343,6 +376,33 @@ def validate(args):
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
+def set_up_torch(args):
+    """Seed, determinism, and what makes PyTorch fast. Returns the device; turns --compile off where it cannot work."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    missing = " (--cuda is on, but PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
+    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{missing}", flush=True)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("avx512_bw") and not cpu.get("amx_bf16"):  # here "bf16" means oneDNN instead of MKL, still in float32:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # twice as fast on AMD; only AMX would round to bfloat16
+    if sys.platform == "linux":  # malloc keeps what is freed; or else each large tensor is mapped anew, page by page
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+    args.cudagraphs &= device.type == "cuda"
+    if args.cudagraphs:
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    if args.compile:
+        try:
+            torch.compile(torch.neg)(torch.zeros(2, device=device))
+        except Exception:
+            args.compile = False
+            print("compile: off, since torch.compile finds no compiler here")
+    return device
+
+
 def save_model(path, agent, args):
     """Write what --evaluate needs; through a temporary file, so that path never holds half a model."""
     model = {"algorithm": ALGORITHM, "args": asdict(args)}
@@ -367,7 +427,7 @@ def load_model(args):
         fail(f"--evaluate: {path} holds a model of {algorithm}, not of {ALGORITHM}; use the script of {algorithm}")
     if env_id != args.env_id:
         fail(f"--evaluate: {path} was trained on {env_id}, not on {args.env_id}; add --env-id {env_id}")
-    chosen = "exp_name seed torch_deterministic cuda capture_video evaluate compile eval_episodes".split()
+    chosen = "exp_name seed torch_deterministic cuda cudagraphs capture_video evaluate compile eval_episodes".split()
     try:
         return model, replace(args, **{name: saved[name] for name in saved if name not in chosen})
     except TypeError:
@@ -386,13 +446,7 @@ def main(args):
     mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
     model, args = load_model(args) if args.evaluate is not None else (None, args)
     obs_dim, action_dim = validate(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    missing = " (--cuda is on, but PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
-    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{missing}", flush=True)
-    torch.manual_seed(args.seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
+    device = set_up_torch(args)
     agent = Agent(args, obs_dim, action_dim, device)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
@@ -436,7 +490,10 @@ def main(args):
             actions = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
         else:
             actions = agent.act(to_tensor(obs), generator, explore=True)
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        actions_for_envs = actions.cpu().numpy()
+        if global_step > args.learning_starts:  # before the environments step, so that a GPU works meanwhile
+            metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions_for_envs)
         # A truncated episode has not terminated: its last state has a future, so the critics bootstrap from it
         last_obs = final_observations(next_obs, infos)
         buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
@@ -446,14 +503,12 @@ def main(args):
             writer.add_scalar("charts/episodic_return", infos["episode"]["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], global_step)
 
-        if global_step > args.learning_starts:
-            metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
-            if agent.updates % 100 == 0:
-                for name, value in metrics.items():
-                    writer.add_scalar(f"losses/{name}", value.item(), global_step)
-                sps = int(global_step / (time.time() - start_time))
-                writer.add_scalar("charts/SPS", sps, global_step)
-                bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
+        if metrics and agent.updates % 100 == 0:
+            for name, value in metrics.items():
+                writer.add_scalar(f"losses/{name}", value.item(), global_step)
+            sps = int(global_step / (time.time() - start_time))
+            writer.add_scalar("charts/SPS", sps, global_step)
+            bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
 
         if global_step % eval_frequency < args.num_envs or global_step == steps[-1]:
             eval_start = time.time()

@@ -14,6 +14,7 @@ Shapes:   B batch, d action dimension, T denoising steps, K particles, M reverse
 """
 
 import csv
+import ctypes
 import difflib
 import itertools
 import math
@@ -55,7 +56,9 @@ class Args:
     capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
     save_model: bool = True  # write model.pt into the run folder at the end
     evaluate: str | None = None  # evaluate this model.pt (or its run folder) instead of training
-    compile: bool = False  # torch.compile the networks: a slower start, faster updates
+    compile: bool = not torch.cuda.is_available()  # torch.compile the networks (on CUDA not by default: untried)
+    cudagraphs: bool = False  # on CUDA, record the update once and replay it (untried)
+    bfloat16: bool = False  # the reverse diffusion in bfloat16; everything that learns stays in float32
 
     env_id: str = "HalfCheetah-v4"  # the Gymnasium task
     total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
@@ -183,8 +186,8 @@ class Denoiser(nn.Module):
         """Predicted noise, the shape of a_t (..., d); context (..., H) broadcasts against it."""
         h = mish(context + F.linear(a_t, self.input_layer.weight.split(self.sizes, dim=1)[2]))
         for layer in self.hidden_layers:
-            h = mish(layer(h))
-        return self.output_layer(h)
+            h = mish(F.linear(h, layer.weight) + layer.bias)  # compiled, the bias is added in mish's pass over memory
+        return F.linear(h, self.output_layer.weight) + self.output_layer.bias
 
 
 class Critics(nn.Module):
@@ -206,8 +209,8 @@ class Critics(nn.Module):
         h = mish(context[:, :, None] + (actions.flatten(0, 1) @ action_weight).unflatten(1, actions.shape[:2]))
         h = h.flatten(1, 2)
         for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
-            h = mish(torch.baddbmm(bias, h, weight))
-        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).view(2, *actions.shape[:2])
+            h = mish(h @ weight + bias)
+        return (h @ self.weights[-1] + self.biases[-1]).view(2, *actions.shape[:2])
 
 
 class ReplayBuffer:
@@ -250,17 +253,19 @@ def free_memory(device):
 
 
 @torch.no_grad()
-def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, exploration_std=None):
+def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, exploration_std=None, bfloat16=False):
     """Reverse diffusion with K particles per state; the particle with the largest min_j Q_j wins.
 
-    obs (B, obs_dim) -> actions (B, d) in [-1, 1], plus exploration_std · N(0, I) if given."""
+    obs (B, obs_dim) -> actions (B, d) in [-1, 1], plus exploration_std · N(0, I) if given. With bfloat16 the matrix
+    products of the denoiser have 8 bits of precision; a_t and the critics keep float32."""
     shape = (len(obs), num_particles, denoiser.sizes[-1])
     randn = partial(torch.randn, generator=generator, device=obs.device, dtype=obs.dtype)
     obs_features = denoiser.embed_obs(obs)[:, None]
     time_features = denoiser.embed_time(torch.arange(schedule.num_steps, device=obs.device))
     a_t = 0.5 * randn(shape)  # the authors start from half the standard deviation of N(0, I)
     for t in reversed(range(schedule.num_steps)):
-        eps = denoiser(obs_features + time_features[t], a_t)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=bfloat16):
+            eps = denoiser(obs_features + time_features[t], a_t)
         a_0 = schedule.predict_a0(a_t, eps, t).clamp(-1, 1)
         a_t = schedule.posterior_mean(a_0, a_t, t)
         if t > 0:
@@ -336,6 +341,27 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
+class CudaGraph:
+    """A function of tensors that is called three times, then recorded as a CUDA graph, and replayed from then on: the
+    same kernels in one launch. Each replay overwrites the tensors that the one before it returned."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, tensors, generator):
+        self.calls += 1
+        if self.calls <= 3:  # until kernels are chosen and optimisers set up
+            return self.function(tensors, generator)
+        if self.calls == 4:
+            self.inputs = [x.clone() for x in tensors]
+            self.graph.register_generator_state(generator)
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.outputs = self.function(self.inputs, generator)
+        torch._foreach_copy_(self.inputs, tensors)
+        self.graph.replay()
+        return self.outputs
+
+
 class Agent(nn.Module):
     """Policy, critics, their moving averages and optimisers. act() takes actions, update() learns from a batch."""
 
@@ -351,31 +377,32 @@ class Agent(nn.Module):
         self.register_buffer("q_std", torch.tensor(1.0))
         self.to(device)
         self.schedule = NoiseSchedule(args.denoising_steps, args.beta_scale, device)
-        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr)
+        adam = partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
+        self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
+        self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr, device=device))
         self.policy_schedule = torch.optim.lr_scheduler.LambdaLR(self.policy_optimizer, policy_lr_factor)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr)
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
         if args.compile:
             for network in self.children():
-                network.compile(dynamic=False)
+                network.compile(dynamic=True)  # one compilation for all numbers of states
+        if args.cudagraphs:
+            self.update_critics, self.update_policy = CudaGraph(self.update_critics), CudaGraph(self.update_policy)
 
     def exploration_std(self):
         return self.args.noise_scale * self.log_alpha.detach().exp()
 
     def sample(self, policy, obs, generator, std):
-        return sample_actions(policy, self.critics, self.schedule, obs, self.args.num_particles, generator, std)
+        k, bfloat16 = self.args.num_particles, self.args.bfloat16
+        return sample_actions(policy, self.critics, self.schedule, obs, k, generator, std, bfloat16)
 
     def act(self, obs, generator, explore):
         """Actions (B, d) in the environment: from the averaged policy, with exploration noise or without."""
         return self.sample(self.ema_policy, obs, generator, self.exploration_std() if explore else None)
 
-    def update(self, batch, generator):
-        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
+    def update_critics(self, batch, generator):
+        """Mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus. Returns metrics and a'."""
         obs, actions, rewards, next_obs, terminations = batch
         args, alpha, std = self.args, self.log_alpha.detach().exp(), self.exploration_std()
-        self.updates += 1
-
-        # Critics: mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus
         next_actions = self.sample(self.policy, next_obs, generator, std)
         with torch.no_grad():
             next_q = self.target_critics(next_obs, next_actions[:, None]).amin(0)[:, 0]
@@ -385,41 +412,52 @@ class Agent(nn.Module):
         gradient_step(self.q_optimizer, q_losses.sum())
         metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha, "exploration_std": std}
         metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
+        return {name: value.detach() for name, value in metrics.items()}, next_actions
 
-        # Policy: denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ)
-        if self.updates % args.policy_frequency == 0:
-            t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
-            eps = torch.randn(actions.shape, generator=generator, device=obs.device)
-            if args.weighting == "max-entropy":
-                a_t = self.schedule.add_noise(self.sample(self.policy, obs, generator, std), eps, t)
-                target, ess = rsm_target(
-                    self.critics, self.schedule, obs, a_t, t, LAMBDA_PER_ALPHA * alpha,
-                    args.num_reverse_samples, args.reverse_proposal, generator,
-                )  # fmt: skip
-                loss = rsm_loss(self.policy, obs, a_t, t, target)
-            else:
-                with torch.no_grad():
-                    q = self.critics(next_obs, next_actions[:, None]).amin(0)[:, 0]
-                    self.q_mean.lerp_(q.mean(), 0.001)
-                    self.q_std.lerp_(q.std(), 0.001)
-                weights = mirror_descent_weights(q, self.q_mean, self.q_std, alpha)
-                ess = weights.sum().square() / weights.square().sum()
-                a_t = self.schedule.add_noise(next_actions, eps, t)
-                loss = rsm_loss(self.policy, next_obs, a_t, t, eps, weights)
-            gradient_step(self.policy_optimizer, loss)
+    def update_policy(self, batch, generator):
+        """Denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ). Returns metrics."""
+        obs, _, _, next_obs, _, next_actions = batch
+        args, alpha = self.args, self.log_alpha.detach().exp()
+        t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
+        eps = torch.randn(next_actions.shape, generator=generator, device=obs.device)
+        if args.weighting == "max-entropy":
+            a_t = self.schedule.add_noise(self.sample(self.policy, obs, generator, self.exploration_std()), eps, t)
+            target, ess = rsm_target(
+                self.critics, self.schedule, obs, a_t, t, LAMBDA_PER_ALPHA * alpha,
+                args.num_reverse_samples, args.reverse_proposal, generator,
+            )  # fmt: skip
+            loss = rsm_loss(self.policy, obs, a_t, t, target)
+        else:
+            with torch.no_grad():
+                q = self.critics(next_obs, next_actions[:, None]).amin(0)[:, 0]
+                self.q_mean.lerp_(q.mean(), 0.001)
+                self.q_std.lerp_(q.std(), 0.001)
+            weights = mirror_descent_weights(q, self.q_mean, self.q_std, alpha)
+            ess = weights.sum().square() / weights.square().sum()
+            a_t = self.schedule.add_noise(next_actions, eps, t)
+            loss = rsm_loss(self.policy, next_obs, a_t, t, eps, weights)
+        gradient_step(self.policy_optimizer, loss)
+        return {"rsm_loss": loss.detach(), "effective_sample_size": ess.mean()}
+
+    def update_alpha(self):
+        """Moves the entropy of the exploration noise, N(0, (noise_scale α)² I), to its target."""
+        entropy = self.action_dim * (0.5 * math.log(2 * math.pi * math.e) + self.exploration_std().log())
+        target_entropy = self.action_dim * TARGET_ENTROPY_PER_DIMENSION
+        gradient_step(self.alpha_optimizer, -self.log_alpha * (target_entropy - entropy))
+
+    def update(self, batch, generator):
+        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
+        self.updates += 1
+        metrics, next_actions = self.update_critics(batch, generator)
+        if self.updates % self.args.policy_frequency == 0:
+            metrics = metrics | self.update_policy((*batch, next_actions), generator)
             self.policy_schedule.step()
-            metrics |= {"rsm_loss": loss, "effective_sample_size": ess.mean()}
-
-        # α: moves the entropy of the exploration noise, N(0, (noise_scale α)² I), to its target
-        if self.updates % args.alpha_frequency == 0:
-            entropy = self.action_dim * (0.5 * math.log(2 * math.pi * math.e) + std.log())
-            target_entropy = self.action_dim * TARGET_ENTROPY_PER_DIMENSION
-            gradient_step(self.alpha_optimizer, -self.log_alpha * (target_entropy - entropy))
-
-        if self.updates % args.target_network_frequency == 0:
-            ema_update(self.target_critics, self.critics, args.tau)
-            ema_update(self.ema_policy, self.policy, args.tau)
-        return {name: value.detach() for name, value in metrics.items()}
+        if self.updates % self.args.alpha_frequency == 0:
+            self.update_alpha()
+        if self.updates % self.args.target_network_frequency == 0:
+            ema_update(self.target_critics, self.critics, self.args.tau)
+            ema_update(self.ema_policy, self.policy, self.args.tau)
+        return metrics
 
 
 def evaluate(agent, args, device, video=None):
@@ -495,6 +533,33 @@ def validate(args):
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
+def set_up_torch(args):
+    """Seed, determinism, and what makes PyTorch fast. Returns the device; turns --compile off where it cannot work."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    missing = " (--cuda is on, but PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
+    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{missing}", flush=True)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("avx512_bw") and not cpu.get("amx_bf16"):  # here "bf16" means oneDNN instead of MKL, still in float32:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # twice as fast on AMD; only AMX would round to bfloat16
+    if sys.platform == "linux":  # malloc keeps what is freed; or else each large tensor is mapped anew, page by page
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+    args.cudagraphs &= device.type == "cuda"
+    if args.cudagraphs:
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    if args.compile:
+        try:
+            torch.compile(torch.neg)(torch.zeros(2, device=device))
+        except Exception:
+            args.compile = False
+            print("compile: off, since torch.compile finds no compiler here")
+    return device
+
+
 def save_model(path, agent, args):
     """Write what --evaluate needs; through a temporary file, so that path never holds half a model."""
     model = {"algorithm": ALGORITHM, "args": asdict(args)}
@@ -519,7 +584,7 @@ def load_model(args):
         fail(f"--evaluate: {path} holds a model of {algorithm}, not of {ALGORITHM}; use the script of {algorithm}")
     if env_id != args.env_id:
         fail(f"--evaluate: {path} was trained on {env_id}, not on {args.env_id}; add --env-id {env_id}")
-    chosen = "exp_name seed torch_deterministic cuda capture_video evaluate compile eval_episodes".split()
+    chosen = "exp_name seed torch_deterministic cuda cudagraphs capture_video evaluate compile eval_episodes".split()
     try:
         return model, replace(args, **{name: saved[name] for name in saved if name not in chosen})
     except TypeError:
@@ -538,13 +603,7 @@ def main(args):
     mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
     model, args = load_model(args) if args.evaluate is not None else (None, args)
     obs_dim, action_dim = validate(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    missing = " (--cuda is on, but PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
-    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{missing}", flush=True)
-    torch.manual_seed(args.seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
+    device = set_up_torch(args)
     agent = Agent(args, obs_dim, action_dim, device)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
@@ -588,7 +647,10 @@ def main(args):
             actions = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
         else:
             actions = agent.act(to_tensor(obs), generator, explore=True)
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        actions_for_envs = actions.cpu().numpy()
+        if global_step > args.learning_starts:  # before the environments step, so that a GPU works meanwhile
+            metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions_for_envs)
         # A truncated episode has not terminated: its last state has a future, so the critics bootstrap from it
         last_obs = final_observations(next_obs, infos)
         buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
@@ -598,15 +660,13 @@ def main(args):
             writer.add_scalar("charts/episodic_return", infos["episode"]["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], global_step)
 
-        if global_step > args.learning_starts:
-            metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
-            if agent.updates % 100 == 0:
-                for name, value in metrics.items():
-                    writer.add_scalar(f"losses/{name}", value.item(), global_step)
-                writer.add_scalar("charts/policy_lr", agent.policy_schedule.get_last_lr()[0], global_step)
-                sps = int(global_step / (time.time() - start_time))
-                writer.add_scalar("charts/SPS", sps, global_step)
-                bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
+        if metrics and agent.updates % 100 == 0:
+            for name, value in metrics.items():
+                writer.add_scalar(f"losses/{name}", value.item(), global_step)
+            writer.add_scalar("charts/policy_lr", agent.policy_schedule.get_last_lr()[0], global_step)
+            sps = int(global_step / (time.time() - start_time))
+            writer.add_scalar("charts/SPS", sps, global_step)
+            bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
 
         if global_step % eval_frequency < args.num_envs or global_step == steps[-1]:
             eval_start = time.time()

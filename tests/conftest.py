@@ -93,7 +93,14 @@ def module(script):
 @pytest.fixture
 def small_args(script, module):
     """Makes the Args of a small run on the CPU; keywords override them."""
-    small = {"cuda": False, "num_envs": 2, "learning_starts": 50, "batch_size": 16, "eval_episodes": 2}
+    small = {
+        "cuda": False,
+        "compile": False,
+        "num_envs": 2,
+        "learning_starts": 50,
+        "batch_size": 16,
+        "eval_episodes": 2,
+    }
     return lambda **chosen: module.Args(**{**small, **SMALL[script], **chosen})
 
 
@@ -130,4 +137,4 @@ def command_line(script, *flags, cwd, env=None):
 def small_flags(script):
     """Command line of a small run, without the task and the number of steps."""
     small = {"num_envs": 2, "batch_size": 16, "eval_episodes": 2, **SMALL[script]}
-    return [text for name, value in small.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return ["--no-compile"] + [t for name, value in small.items() for t in (f"--{name.replace('_', '-')}", str(value))]

@@ -188,7 +188,7 @@ def test_evaluate_repeats_the_last_evaluation(script, trained, main, capsys, tmp
     """--evaluate prints the last evaluation of the run, from the run folder and from its file, and writes nothing."""
     before = {path: path.read_bytes() for path in trained.run_dir.iterdir()}
     expected = printed(read_table(trained.run_dir / "metrics.csv")[-1])
-    flags = "--env-id Humanoid-v4 --eval-episodes 2 --evaluate".split()
+    flags = "--env-id Humanoid-v4 --no-compile --eval-episodes 2 --evaluate".split()
     process = command_line(script, *flags, trained.run_dir, cwd=tmp_path)
     assert process.returncode == 0 and process.stderr == ""
     device, line = process.stdout.splitlines()

@@ -439,7 +439,7 @@ def test_mirror_descent_weights():
 
 def make_agent(**kwargs):
     torch.manual_seed(3)
-    args = sdac.Args(num_particles=2, denoising_steps=3, num_reverse_samples=4, **kwargs)
+    args = sdac.Args(compile=False, num_particles=2, denoising_steps=3, num_reverse_samples=4, **kwargs)
     agent = sdac.Agent(args, 3, 2, CPU)
     for parameter in [*agent.target_critics.parameters(), *agent.ema_policy.parameters()]:
         parameter.data += 0.02 * torch.randn(
@@ -482,7 +482,7 @@ def test_critics_regress_on_the_bellman_target(monkeypatch):
     agent, batch, calls = make_agent(gamma=0.9), make_batch(), spy(monkeypatch, "sample_actions", fixed_actions)
     before, (obs, actions, rewards, next_obs, ends) = copy.deepcopy(agent), batch
     metrics = agent.update(batch, seeded())
-    (policy, critics, _, states, *_, std), next_actions = calls[0]
+    (policy, critics, _, states, *_, std, _), next_actions = calls[0]
     assert policy is agent.policy and critics is agent.critics and torch.equal(states, next_obs)
     assert std.item() == pytest.approx(0.5)
     losses = [0, 0]
