@@ -5,14 +5,15 @@
 
 For each run folder writes benchmark/results/<run>.csv (evaluations, with the updates and seconds at each) and
 <run>.json (arguments, versions, machine, duration, return of uniformly random actions), then curves.png beside them.
-Run it on the machine and in the environment of the training, since it asks those for their names."""
+With --into NAME all that happens in the folder benchmark/results/NAME. Run it on the machine and in the environment of
+the training, since it asks those for their names."""
 
+import argparse
 import csv
 import importlib.metadata
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -23,7 +24,6 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]
 
 
@@ -50,11 +50,11 @@ def cpu_name():
     return platform.processor()
 
 
-def record(run):
+def record(run, results):
     model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
     with open(run / "metrics.csv") as metrics, open(run / "timing.csv") as timing:
         rows = [m | t for m, t in zip(csv.DictReader(metrics), csv.DictReader(timing), strict=True)]
-    with open(RESULTS / f"{run.name}.csv", "w", newline="") as file:
+    with open(results / f"{run.name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -71,34 +71,42 @@ def record(run):
         "seconds": float(rows[-1]["seconds"]),
         "random_policy": random_policy_return(model["args"]["env_id"]),
     }
-    (RESULTS / f"{run.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (results / f"{run.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def draw():
-    runs = {}
-    for path in sorted(RESULTS.glob("*.json")):
+def draw(results):
+    tasks = {}
+    for path in sorted(results.glob("*-v*__*.json")):
         facts = json.loads(path.read_text())
         with open(path.with_suffix(".csv")) as file:
-            runs.setdefault(facts["args"]["env_id"], []).append((facts, list(csv.DictReader(file))))
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3.8), squeeze=False, layout="constrained")
-    for axis, (env_id, results) in zip(axes[0], runs.items(), strict=True):
-        for facts, rows in results:
+            tasks.setdefault(facts["args"]["env_id"], []).append((facts, list(csv.DictReader(file))))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 3.8), squeeze=False, layout="constrained")
+    for axis, (env_id, runs) in zip(axes[0], tasks.items(), strict=True):
+        names = list(dict.fromkeys(facts["args"]["exp_name"] for facts, _ in runs))
+        for facts, rows in runs:
             step, mean, std = (
                 np.array([float(row[name]) for row in rows])
                 for name in ("global_step", "episodic_return", "episodic_return_std")
             )
-            axis.plot(step, mean, marker=".", label=f"{facts['algorithm'].upper()}, seed {facts['args']['seed']}")
-            axis.fill_between(step, mean - std, mean + std, alpha=0.2, linewidth=0)
+            name, seed = facts["args"]["exp_name"], facts["args"]["seed"]
+            style = {"color": f"C{names.index(name)}", "linestyle": ["-", "--", ":", "-."][(seed - 1) % 4]}
+            axis.plot(step, mean, label=f"{name.removesuffix('_continuous_action')}, seed {seed}", **style)
+            axis.fill_between(step, mean - std, mean + std, alpha=0.15, linewidth=0, color=style["color"])
             axis.axvline(facts["args"]["learning_starts"], color="0.7", linewidth=1)
-        random = results[0][0]["random_policy"]
-        axis.axhline(random["mean"], color="0.4", linestyle="--", label="random actions")
+        random = runs[0][0]["random_policy"]
+        axis.axhline(random["mean"], color="0.4", linewidth=1, label="random actions")
         axis.set(title=env_id, xlabel="environment steps (the grey line ends the warm-up)", ylabel="evaluation return")
-        axis.legend()
-    figure.savefig(RESULTS / "curves.png", dpi=130)
+        axis.legend(fontsize="small")
+    figure.savefig(results / "curves.png", dpi=130)
 
 
 if __name__ == "__main__":
-    RESULTS.mkdir(exist_ok=True)
-    for argument in sys.argv[1:]:
-        record(Path(argument))
-    draw()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--into", default=".", metavar="NAME", help="folder under benchmark/results")
+    parser.add_argument("runs", nargs="*", type=Path)
+    options = parser.parse_args()
+    results = Path(__file__).parent / "results" / options.into
+    results.mkdir(parents=True, exist_ok=True)
+    for run in options.runs:
+        record(run, results)
+    draw(results)

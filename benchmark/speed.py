@@ -1,0 +1,309 @@
+"""Measure the speed of both scripts: one update, one action, the loop, and what each optimisation contributes.
+
+    python benchmark/speed.py [--cuda]        # under 5 minutes on a 2-core CPU; leave the machine alone meanwhile
+
+Prints tables and writes benchmark/results/speed-<device>.json. Every configuration runs in a process of its own, one
+after the other, with the default algorithm settings and random data of the task's sizes; "plain" is the script in
+eager PyTorch with none of the optimisations, "cleanrl" an eager SAC as CleanRL writes it, with the same networks and
+the same number of gradient steps. Times are medians in milliseconds, with the quartiles in the JSON. Achieved shares
+are relative to a matrix product of the shape of a hidden layer, (B·K, 256) x (256, 256), in the same process."""
+
+import argparse
+import importlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+START = time.perf_counter()
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]
+SIZES = {"HalfCheetah-v4": (17, 6), "Humanoid-v4": (376, 17)}
+CPU_OPTIMISATIONS = ["onednn", "malloc", "fused_adam", "compile", "bfloat16"]
+CUDA_OPTIMISATIONS = ["fused_adam", "compile", "cudagraphs", "bfloat16"]
+AUTHORS = {  # milliseconds per update of the authors' JAX code (not measured here)
+    "HalfCheetah-v4": {"2-core CPU, AVX-512 and bfloat16": 1480, "RTX 5090": 18.7},
+    "Humanoid-v4": {"2-core CPU, AVX-512 and bfloat16": 1940},
+}
+
+
+def plan(cuda):
+    """(script, task, name, optimisations) of every process; for SDAC on HalfCheetah each optimisation alone, too."""
+    every = CUDA_OPTIMISATIONS if cuda else CPU_OPTIMISATIONS
+    exact = [name for name in every if name != "bfloat16"]
+    jobs = []
+    for task in SIZES:
+        jobs += [("sdac", task, "float32", exact), ("sdac", task, "bfloat16", every), ("sdac", task, "plain", [])]
+        if task == "HalfCheetah-v4":
+            jobs += [("sdac", task, f"only {name}", [name]) for name in every]
+        jobs += [("sac", task, "float32", exact), ("sac", task, "plain", []), ("sac", task, "cleanrl", [])]
+    return jobs
+
+
+class Timer:
+    """timer(function) calls it until a time is up, and returns quartiles of its duration in milliseconds."""
+
+    def __init__(self, device, torch):
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def __call__(self, function, seconds, at_least=4):
+        function()
+        self.wait()
+        times, end = [], time.perf_counter() + seconds
+        while len(times) < at_least or time.perf_counter() < end:
+            start = time.perf_counter()
+            function()
+            self.wait()
+            times.append(1e3 * (time.perf_counter() - start))
+        low, median, high = statistics.quantiles(times, n=4)
+        return {"median": median, "quartiles": [low, high], "repetitions": len(times)}
+
+
+def cleanrl_update(obs_dim, action_dim, device):
+    """SAC's update as CleanRL writes it: two critics, one network after the other, Python loops, a scalar read back."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Network(nn.Module):
+        def __init__(self, *sizes):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+
+        def forward(self, x):
+            for layer in self.layers[:-1]:
+                x = F.mish(layer(x))
+            return self.layers[-1](x)
+
+    def sample(obs):
+        mean, log_std = actor(obs).chunk(2, dim=1)
+        normal = torch.distributions.Normal(mean, (-5 + 3.5 * (torch.tanh(log_std) + 1)).exp())
+        u = normal.rsample()
+        action = torch.tanh(u)
+        return action, (normal.log_prob(u) - torch.log(1 - action.pow(2) + 1e-6)).sum(1, keepdim=True)
+
+    def value(critic, obs, action):
+        return critic(torch.cat([obs, action], 1))
+
+    actor = Network(obs_dim, 256, 256, 256, 2 * action_dim).to(device)
+    qf1, qf2, qf1_target, qf2_target = (Network(obs_dim + action_dim, 256, 256, 256, 1).to(device) for _ in range(4))
+    q_optimizer = torch.optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=3e-4)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=3e-4)
+    log_alpha = torch.zeros(1, requires_grad=True, device=device)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=3e-4)
+
+    def update(batch, _):
+        obs, actions, rewards, next_obs, terminations = batch
+        alpha = log_alpha.exp().item()
+        with torch.no_grad():
+            next_action, next_log_prob = sample(next_obs)
+            next_q = torch.min(value(qf1_target, next_obs, next_action), value(qf2_target, next_obs, next_action))
+            target = 0.2 * rewards + (1 - terminations) * 0.99 * (next_q - alpha * next_log_prob).view(-1)
+        loss = sum(F.mse_loss(value(critic, obs, actions).view(-1), target) for critic in (qf1, qf2))
+        q_optimizer.zero_grad()
+        loss.backward()
+        q_optimizer.step()
+        action, log_prob = sample(obs)
+        loss = (alpha * log_prob - torch.min(value(qf1, obs, action), value(qf2, obs, action))).mean()
+        actor_optimizer.zero_grad()
+        loss.backward()
+        actor_optimizer.step()
+        loss = (-log_alpha.exp() * (log_prob.detach() - action_dim)).mean()
+        alpha_optimizer.zero_grad()
+        loss.backward()
+        alpha_optimizer.step()
+        for critic, target_critic in [(qf1, qf1_target), (qf2, qf2_target)]:
+            for p, target_p in zip(critic.parameters(), target_critic.parameters(), strict=True):
+                target_p.data.copy_(0.005 * p.data + 0.995 * target_p.data)
+
+    return update
+
+
+def measure(script, task, name, optimisations, cuda):
+    """Times of one configuration, in this process."""
+    sys.path.insert(0, str(ROOT))
+    warnings.simplefilter("ignore")  # of Gymnasium and MuJoCo, on tasks of version 4
+    module = importlib.import_module(f"{script}_continuous_action")
+    module.mujoco.set_mju_user_warning(lambda _: None)
+    torch, on = module.torch, set(optimisations)
+    args = module.Args(env_id=task, cuda=cuda, compile="compile" in on, cudagraphs="cudagraphs" in on)
+    if script == "sdac":
+        args.bfloat16 = "bfloat16" in on
+    if "malloc" not in on:
+        module.ctypes = SimpleNamespace(CDLL=lambda _: SimpleNamespace(mallopt=lambda *_: None))
+    adam = torch.optim.Adam
+    if "fused_adam" not in on:
+        torch.optim.Adam = lambda parameters, lr, fused, capturable: adam(parameters, float(lr))
+    device = module.set_up_torch(args)
+    if "onednn" not in on:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+    obs_dim, action_dim = SIZES[task]
+    generator = torch.Generator(device).manual_seed(0)
+    agent, timer = module.Agent(args, obs_dim, action_dim, device), Timer(device, torch)
+    torch.optim.Adam = adam
+    update = cleanrl_update(obs_dim, action_dim, device) if name == "cleanrl" else agent.update
+    rows = torch.randn(args.batch_size, 2 * obs_dim + action_dim + 2, generator=generator, device=device)
+    obs, actions, rewards, next_obs, terminations = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=1)
+    batch = obs, actions.tanh(), rewards[:, 0], next_obs, (terminations[:, 0] > 3).float()
+
+    for _ in range(2):  # the second one updates the policy
+        update(batch, generator)
+    timer.wait()
+    result = {"script": script, "task": task, "configuration": name, "optimisations": optimisations}
+    result["seconds_to_second_update"] = time.perf_counter() - START
+    cycle = args.policy_frequency
+    found = timer(lambda: [update(batch, generator) for _ in range(cycle)], 3)
+    result["update_ms"] = {"median": found["median"] / cycle, "quartiles": [x / cycle for x in found["quartiles"]]}
+    if name == "cleanrl":
+        return result
+    result["act_ms"] = timer(lambda: agent.act(obs[: args.num_envs], generator, explore=True), 0.5)
+
+    # Where the time goes, and which share of the speed of a plain matrix product the sampling chain reaches
+    if name in ("float32", "bfloat16"):
+        parts = {"critics (a' included)": lambda: agent.update_critics(batch, generator)}
+        if script == "sdac":
+            std, k, hidden = agent.exploration_std(), args.num_particles, agent.policy.output_layer.in_features
+            t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=device)
+            particles = torch.rand(len(obs), k, action_dim, generator=generator, device=device)
+            choose = torch.no_grad()(lambda: agent.critics(obs, particles).amin(0).argmax(1))
+            target = partial(
+                module.rsm_target, agent.critics, agent.schedule, obs, batch[1], t, torch.tensor(1.0, device=device),
+                args.num_reverse_samples, args.reverse_proposal, generator,
+            )  # fmt: skip
+            loss = partial(module.rsm_loss, agent.policy, obs, batch[1], t, batch[1])
+            parts |= {
+                "sampling chain and choice of particle": lambda: agent.sample(agent.policy, obs, generator, std),
+                "of which choice of particle": choose,
+                "reverse samples and their weights": target,
+                "RSM loss and policy step": lambda: module.gradient_step(agent.policy_optimizer, loss()),
+                "averages": lambda: module.ema_update(agent.ema_policy, agent.policy, args.tau),
+            }
+        else:
+            parts |= {
+                "policy and temperature": lambda: agent.update_policy(batch, generator),
+                "averages": lambda: module.ema_update(agent.target_critics, agent.critics, args.tau),
+            }
+        result["parts_ms"] = {part: timer(function, 0.5)["median"] for part, function in parts.items()}
+        if script == "sdac":
+            dtype, n = torch.bfloat16 if args.bfloat16 else torch.float32, len(obs) * k
+            x, w = (torch.randn(m, hidden, device=device).to(dtype) for m in (n, hidden))
+            milliseconds = timer(lambda: torch.nn.functional.linear(x, w), 0.5)["median"]
+            flop = 2 * n * args.denoising_steps * (2 * hidden**2 + 2 * hidden * action_dim)
+            parts = result["parts_ms"]
+            chain = parts["sampling chain and choice of particle"] - parts["of which choice of particle"]
+            result["matrix_product_gflops"] = 2 * n * hidden**2 / milliseconds / 1e6
+            result["sampling_chain_gflops"] = flop / chain / 1e6
+
+        # The training loop: act, update, step the environments, store; with the replay buffer of the default size
+        envs = module.make_vector_env([partial(module.make_env, task)] * args.num_envs)
+        buffer = module.ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+        buffer.rows.zero_()  # so that it counts as resident memory
+        to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
+        state = SimpleNamespace(obs=envs.reset(seed=0)[0])
+
+        def loop(steps=2 * cycle):
+            for _ in range(steps):
+                acts = agent.act(to_tensor(state.obs), generator, explore=True)
+                for_envs = acts.cpu().numpy()
+                if buffer.filled:
+                    agent.update(buffer.sample(args.batch_size, generator), generator)
+                next_obs, reward, terminated, _, infos = envs.step(for_envs)
+                last_obs = module.final_observations(next_obs, infos)
+                buffer.add(to_tensor(state.obs), acts, *map(to_tensor, (reward, last_obs, terminated)))
+                state.obs = next_obs
+
+        found = timer(loop, 1.5)
+        result["environment_steps_per_second"] = 1e3 * 2 * cycle * args.num_envs / found["median"]
+        actions = envs.action_space.sample()
+        result["parts_ms"][f"{args.num_envs} environments"] = timer(lambda: envs.step(actions), 0.3)["median"]
+        envs.close()
+    result["seconds"] = time.perf_counter() - START
+    result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if device.type == "cuda":
+        result["peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return result
+
+
+def cpu_name():
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()
+
+
+def report(results):
+    """The tables of the README."""
+    plain = {(r["script"], r["task"]): r["update_ms"]["median"] for r in results if r["configuration"] == "plain"}
+    print("\n| script | task | configuration | ms per update (quartiles) | ratio to plain | act, ms | env steps/s |")
+    print("|---|---|---|---|---|---|---|")
+    for r in results:
+        median, (low, high) = r["update_ms"]["median"], r["update_ms"]["quartiles"]
+        ratio = plain[r["script"], r["task"]] / median
+        act = f"{r['act_ms']['median']:.1f}" if "act_ms" in r else ""
+        speed = f"{r['environment_steps_per_second']:.1f}" if "environment_steps_per_second" in r else ""
+        print(
+            f"| {r['script']} | {r['task']} | {r['configuration']} | {median:.1f} ({low:.1f}–{high:.1f}) | {ratio:.2f} "
+            f"| {act} | {speed} |"
+        )
+    for r in results:
+        if "parts_ms" in r:
+            parts = ", ".join(f"{name} {ms:.1f}" for name, ms in r["parts_ms"].items())
+            print(f"\n{r['script']} {r['task']} {r['configuration']}: {parts} ms")
+            print(f"  second update after {r['seconds_to_second_update']:.1f} s; peak {r['peak_memory_gb']:.2f} GB")
+        if "sampling_chain_gflops" in r:
+            share = r["sampling_chain_gflops"] / r["matrix_product_gflops"]
+            print(f"  sampling chain {r['sampling_chain_gflops']:.0f} GFLOP/s, {share:.0%} of a plain matrix product")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cuda", action="store_true", help="measure the GPU instead of the CPU")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # one configuration, in the process that main() starts
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(*json.loads(options.measure), options.cuda)))
+        return
+    import torch
+
+    if options.cuda and not torch.cuda.is_available():
+        parser.error("--cuda: PyTorch finds no CUDA device; leave --cuda out to measure the CPU")
+    device = torch.cuda.get_device_name() if options.cuda else "cpu"
+    results, begin = [], time.time()
+    with tempfile.TemporaryDirectory() as cache:  # compiled code is not taken from earlier runs
+        for number, job in enumerate(jobs := plan(options.cuda), 1):
+            print(f"[{number}/{len(jobs)}] {' '.join(job[:3])}", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--measure", json.dumps(job), *["--cuda"] * options.cuda]
+            process = subprocess.run(
+                command, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True
+            )
+            if process.returncode:
+                sys.exit(process.returncode)
+            results.append(json.loads(process.stdout.splitlines()[-1]))
+            print(f"  {results[-1]['update_ms']['median']:.1f} ms per update", file=sys.stderr, flush=True)
+    facts = {
+        "machine": {"device": device, "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "seconds": time.time() - begin,
+        "authors_ms_per_update": AUTHORS,
+        "results": results,
+    }
+    path = ROOT / "benchmark" / "results" / f"speed-{device.lower().replace(' ', '-')}.json"
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    report(results)
+    print(f"\n{path.relative_to(ROOT)} written after {time.time() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
