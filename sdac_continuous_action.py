@@ -58,7 +58,7 @@ class Args:
     evaluate: str | None = None  # evaluate this model.pt (or its run folder) instead of training
     compile: bool = not torch.cuda.is_available()  # torch.compile the networks (on CUDA not by default: untried)
     cudagraphs: bool = False  # on CUDA, record the update once and replay it (untried)
-    bfloat16: bool = False  # the reverse diffusion in bfloat16; everything that learns stays in float32
+    bfloat16: bool = True  # on a CPU that multiplies bfloat16, use it in the reverse diffusion; what learns is float32
 
     env_id: str = "HalfCheetah-v4"  # the Gymnasium task
     total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
@@ -548,6 +548,7 @@ def set_up_torch(args):
     if sys.platform == "linux":  # malloc keeps what is freed; or else each large tensor is mapped anew, page by page
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+    args.bfloat16 &= device.type == "cpu" and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     args.cudagraphs &= device.type == "cuda"
     if args.cudagraphs:
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded

@@ -439,7 +439,7 @@ def test_mirror_descent_weights():
 
 def make_agent(**kwargs):
     torch.manual_seed(3)
-    args = sdac.Args(compile=False, num_particles=2, denoising_steps=3, num_reverse_samples=4, **kwargs)
+    args = sdac.Args(compile=False, bfloat16=False, num_particles=2, denoising_steps=3, num_reverse_samples=4, **kwargs)
     agent = sdac.Agent(args, 3, 2, CPU)
     for parameter in [*agent.target_critics.parameters(), *agent.ema_policy.parameters()]:
         parameter.data += 0.02 * torch.randn(
