@@ -21,13 +21,17 @@ import difflib
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import gymnasium as gym
 import mujoco
@@ -55,6 +59,7 @@ class Args:
     capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
     save_model: bool = True  # write model.pt into the run folder at the end
     evaluate: str | None = None  # evaluate this model.pt (or its run folder) instead of training
+    resume: str | None = None  # go on with the training of this run folder (or its checkpoint.pt)
     compile: bool = not torch.cuda.is_available()  # torch.compile the networks (on CUDA not by default: untried)
     cudagraphs: bool = False  # on CUDA, record the update once and replay it (untried)
 
@@ -65,6 +70,7 @@ class Args:
     learning_starts: int = 30_000  # warm-up: environment steps of uniformly random actions
     eval_frequency: int | None = None  # environment steps between evaluations (default: 20 evaluations a run)
     eval_episodes: int = 20  # episodes of an evaluation
+    checkpoint_frequency: int | None = None  # steps between checkpoints, where episodes begin anew (default: as above)
 
     gamma: float = 0.99  # discount factor γ
     tau: float = 0.005  # rate of the moving average (target critics)
@@ -77,10 +83,14 @@ class Args:
     alpha_lr: float = 3e-4  # learning rate of log α
 
 
-def fail(message):
-    """Bad input: one sentence on stderr and exit status 2, before anything is written."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+RESUME_MAY_CHANGE = "resume total_timesteps eval_frequency eval_episodes checkpoint_frequency capture_video save_model "
+RESUME_MAY_CHANGE += "track wandb_project_name wandb_entity"
+
+
+def fail(message, status=2):
+    """One sentence on stderr. Exit status 2: bad input, before anything is written; 1: training cannot go on."""
+    print("error:", *message.split(), file=sys.stderr)
+    sys.exit(status)
 
 
 def make_env(env_id, video=None):
@@ -101,7 +111,7 @@ def final_observations(next_obs, infos):
     """Observations that the actions led to: of an episode that ended, its last one, not the first after the reset."""
     next_obs = next_obs.copy()
     for i in np.flatnonzero(infos.get("_final_obs", [])):
-        next_obs[i] = infos["final_obs"][i]
+        next_obs[i] = infos["final_obs"][i].reshape(next_obs[i].shape)  # or else it could be broadcast
     return next_obs
 
 
@@ -403,35 +413,40 @@ def set_up_torch(args):
     return device
 
 
-def save_model(path, agent, args):
-    """Write what --evaluate needs; through a temporary file, so that path never holds half a model."""
-    model = {"algorithm": ALGORITHM, "args": asdict(args)}
-    model |= {"policy": agent.policy.state_dict(), "critics": agent.critics.state_dict()}
-    torch.save(model, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def save(path, args, contents):
+    """torch.save through a temporary file in the same folder, so that path always holds a whole file."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **contents}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def load_model(args):
-    """The model of --evaluate and its arguments; the command line chooses only how to evaluate it."""
-    path = Path(args.evaluate)
-    path = path / "model.pt" if path.is_dir() else path
+def load(flag, path, name):
+    """What save() wrote, and its arguments. What is damaged or not of this script is refused, and nothing executed."""
+    path = Path(path)
+    path = path / name if path.is_dir() else path
     if not path.is_file():
-        fail(f"--evaluate: there is no file {path}; give the model.pt that a training run wrote, or its folder")
+        fail(f"{flag}: there is no file {path}; give the {name} that a training run wrote, or its folder")
     try:
-        model = torch.load(path, map_location="cpu", weights_only=True)
-        algorithm, saved = model["algorithm"], model["args"]
-        env_id = saved["env_id"]
+        if zipfile.ZipFile(path).testzip():  # compares checksums, which torch.load does not
+            raise zipfile.BadZipFile
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if contents["algorithm"] == ALGORITHM:
+            args = Args(**contents["args"])
+            for field in fields(args):
+                value, types = getattr(args, field.name), get_args(field.type) or [field.type]
+                if type(value) not in types and value not in types:  # the values of a Literal are its types
+                    raise TypeError
+            return contents, args
+        reason = f"of {str(contents['algorithm'])[:9]}, not of {ALGORITHM}"
     except Exception as error:  # damaged files raise many kinds of errors
-        fail(f"--evaluate: {path} is not a whole model file ({type(error).__name__}); write it again")
-    if algorithm != ALGORITHM:
-        fail(f"--evaluate: {path} holds a model of {algorithm}, not of {ALGORITHM}; use the script of {algorithm}")
-    if env_id != args.env_id:
-        fail(f"--evaluate: {path} was trained on {env_id}, not on {args.env_id}; add --env-id {env_id}")
-    chosen = "exp_name seed torch_deterministic cuda cudagraphs capture_video evaluate compile eval_episodes".split()
-    try:
-        return model, replace(args, **{name: saved[name] for name in saved if name not in chosen})
-    except TypeError:
-        fail(f"--evaluate: {path} was written by another version of this script; use that version or train again")
+        reason = f"damaged, or not a {name} of this version ({type(error).__name__})"
+    fail(f"{flag}: {path} is {reason}; give another file or train again")
 
 
 def append_row(path, *row):
@@ -439,18 +454,42 @@ def append_row(path, *row):
         csv.writer(file, lineterminator="\n").writerow(row)
 
 
-def main(args):
+def parse(argv=None):
+    """Arguments and checkpoint. With --resume they are the checkpoint's; a few may change from the command line."""
+    args = tyro.cli(Args, args=argv)
+    if args.resume is None:
+        return args, None
+    checkpoint, saved = load("--resume", args.resume, "checkpoint.pt")
+    if ":" in saved.env_id and args.env_id != saved.env_id:
+        fail(f"--resume: {args.resume} imports a module; if you trust it, add --env-id {saved.env_id}")
+    args = tyro.cli(Args, args=argv, default=replace(saved, resume=args.resume))
+    for name, value in vars(args).items():
+        if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE.split():
+            fail(f"--resume: --{name.replace('_', '-')} is {getattr(saved, name)} and cannot change; leave it out")
+    return args, checkpoint
+
+
+def main(args, checkpoint=None):
     warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
     warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
     warnings.filterwarnings("ignore", message=".*Overwriting existing videos")  # one folder a run, one file each
     mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
-    model, args = load_model(args) if args.evaluate is not None else (None, args)
+    if args.evaluate is not None:
+        model, saved = load("--evaluate", args.evaluate, "model.pt")
+        if saved.env_id != args.env_id:
+            fail(f"--evaluate: {args.evaluate} was trained on {saved.env_id}; add --env-id {saved.env_id}")
+        chosen = "exp_name seed torch_deterministic cuda compile cudagraphs capture_video evaluate eval_episodes"
+        args = replace(saved, **{name: getattr(args, name) for name in chosen.split()})
     obs_dim, action_dim = validate(args)
     device = set_up_torch(args)
     agent = Agent(args, obs_dim, action_dim, device)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
-    if model:
+    generator = torch.Generator(device).manual_seed(args.seed)
+    run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    if checkpoint:
+        run_dir = Path(args.resume).resolve()
+        run_dir = run_dir if run_dir.is_dir() else run_dir.parent
+    path, video_dir = run_dir / "checkpoint.pt", Path("videos") / run_dir.name
+    if args.evaluate is not None:
         try:
             agent.policy.load_state_dict(model["policy"])
             agent.critics.load_state_dict(model["critics"])
@@ -459,82 +498,182 @@ def main(args):
         result = evaluate(agent, args, device, video_dir / "evaluation" if args.capture_video else None)
         print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
         return
-    if run_dir.exists():
+    if os.path.exists(run_dir) and not checkpoint:
         fail(f"{run_dir} belongs to a run that began in the same second; start again")
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    learners = {"agent": agent} | {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+    global_step, seconds, evaluations = 0, 0.0, []
+    logs = {"metrics.csv": "global_step,updates,episodic_return,episodic_return_std,episodic_length\n"}
+    logs |= {"timing.csv": "global_step,updates,seconds,evaluation_seconds\n"}
+    if checkpoint:
+        try:
+            for name, learner in learners.items():
+                learner.load_state_dict(checkpoint[name])
+            generator.set_state(checkpoint["generator"])
+            agent.updates, global_step, seconds = (int(checkpoint[k]) for k in ("updates", "step", "seconds"))
+            buffer.filled, buffer.position = min(global_step, buffer.size), global_step % buffer.size
+            buffer.rows[: buffer.filled] = checkpoint["rows"].view(buffer.filled, buffer.rows.shape[1])
+            evaluations = [(float(result), str(line)) for result, line in checkpoint["evaluations"]]
+            logs = {name: str(checkpoint["logs"][name]) for name in logs}  # without what came after the checkpoint
+        except Exception as error:
+            fail(f"--resume: {args.resume} does not fit {args.env_id} on {device} ({type(error).__name__})")
+
+    def stop(reason):
+        kept = f"the last good state is in {path} (--resume {run_dir})" if os.path.exists(path) else "nothing is saved"
+        fail(f"{reason} at step {global_step}; {kept}", 1)
+
+    @contextmanager
+    def guard(what, save_step=None):
+        """A failure of the surroundings (environment, disk, ...) ends the run with one sentence and its state saved."""
+        try:
+            yield
+        except Exception as error:
+            if save_step is not None:
+                save_checkpoint(save_step)
+            error = error.__context__ or error  # torch.save hides that the disk is full
+            stop(f"{what} failed ({type(error).__name__}: {error})")
+
+    @contextmanager
+    def tracking():
+        """A failure of TensorBoard or W&B is a warning."""
+        try:
+            yield
+        except Exception as error:
+            warnings.warn(f"TensorBoard or W&B failed ({error}); the training goes on", stacklevel=1)
+
+    def log(name, value):
+        with tracking():
+            writer.add_scalar(name, value, global_step)
+
+    def check(values, what):
+        if not (abs(values) <= torch.finfo(torch.float32).max).all():
+            stop(f"{what} was not finite")
+
+    def save_checkpoint(step):
+        """Everything that the rest of the training depends on, if it is finite."""
+        for name, values in (metrics | agent.state_dict()).items():
+            check(values, name)
+        start = time.time()
+        with guard(f"writing {path}"):
+            state = {name: learner.state_dict() for name, learner in learners.items()}
+            state["rows"] = torch.from_numpy(buffer.rows[: buffer.filled].cpu().numpy())  # not the empty ones behind
+            state["logs"] = {name: (run_dir / name).read_text() for name in logs}
+            state |= {"generator": generator.get_state(), "updates": agent.updates, "step": step}
+            save(path, args, state | {"seconds": start - start_time, "evaluations": evaluations})
+        with tracking():
+            writer.add_scalar("charts/checkpoint_seconds", time.time() - start, step)
+            writer.flush()
+
+    def new_episodes():
+        """Episodes begin anew with every scheduled checkpoint, so that none needs the state of a simulator."""
+        seed = np.random.SeedSequence((args.seed, global_step)).generate_state(1)[0] // 2
+        with guard(args.env_id):
+            return envs.reset(seed=int(seed))[0]
+
+    def on_signal(number, _):
+        """The loop ends after this step; a second signal ends the process at once."""
+        signals.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
 
     if args.track:
         import wandb
 
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        wandb.init(**project, name=run_name, config=asdict(args), sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir)
+        project |= {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}
+        wandb.init(**project, config=asdict(args), sync_tensorboard=True, save_code=True)
+    with guard(f"writing into {run_dir}"):
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        for name, text in logs.items():
+            (run_dir / name).write_text(text)
     table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    eval_columns = ["episodic_return", "episodic_return_std", "episodic_length"]
-    append_row(run_dir / "metrics.csv", "global_step", "updates", *eval_columns)
-    append_row(run_dir / "timing.csv", "global_step", "updates", "seconds", "evaluation_seconds")
 
     envs = make_vector_env([partial(make_env, args.env_id)] * args.num_envs)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
-    generator = torch.Generator(device).manual_seed(args.seed)
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     eval_frequency = args.eval_frequency or max(args.total_timesteps // 20, args.num_envs)
-    recent_returns, evaluations, metrics = deque(maxlen=20), [], {}
-    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
+    checkpoint_frequency = args.checkpoint_frequency or eval_frequency
+    recent_returns, metrics, signals = deque(maxlen=20), {}, []
+    start_time = time.time() - seconds
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, on_signal)
+    if not checkpoint:
+        save_checkpoint(0)
+    steps = range(global_step + args.num_envs, args.total_timesteps + 1, args.num_envs)
     bar = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)  # None: quiet when not a terminal
-    start_time = time.time()
-    obs, _ = envs.reset(seed=args.seed)
+    obs = new_episodes()
     for global_step in bar:
+        check(obs, "an observation")
         if global_step <= args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
         else:
             actions = agent.act(to_tensor(obs), generator, explore=True)
         actions_for_envs = actions.cpu().numpy()
+        check(actions_for_envs, "an action")
         if global_step > args.learning_starts:  # before the environments step, so that a GPU works meanwhile
             metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions_for_envs)
+        with guard(args.env_id, save_step=global_step - args.num_envs):
+            next_obs, rewards, terminations, truncations, infos = envs.step(actions_for_envs)
+            last_obs = final_observations(next_obs, infos)
+        check(rewards, "a reward")
+        check(last_obs, "an observation")
         # A truncated episode has not terminated: its last state has a future, so the critics bootstrap from it
-        last_obs = final_observations(next_obs, infos)
         buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
         obs = next_obs
         for i in np.flatnonzero(terminations | truncations):
             recent_returns.append(infos["episode"]["r"][i])
-            writer.add_scalar("charts/episodic_return", infos["episode"]["r"][i], global_step)
-            writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], global_step)
+            log("charts/episodic_return", infos["episode"]["r"][i])
+            log("charts/episodic_length", infos["episode"]["l"][i])
 
         if metrics and agent.updates % 100 == 0:
             for name, value in metrics.items():
-                writer.add_scalar(f"losses/{name}", value.item(), global_step)
+                check(value, name)
+                log(f"losses/{name}", value.item())
             sps = int(global_step / (time.time() - start_time))
-            writer.add_scalar("charts/SPS", sps, global_step)
+            log("charts/SPS", sps)
             bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
 
         if global_step % eval_frequency < args.num_envs or global_step == steps[-1]:
             eval_start = time.time()
             video = video_dir / f"step-{global_step}" if args.capture_video else None
-            result = evaluate(agent, args, device, video)
-            now = time.time()
-            append_row(run_dir / "metrics.csv", global_step, agent.updates, *result.values())
-            append_row(run_dir / "timing.csv", global_step, agent.updates, now - start_time, now - eval_start)
+            with guard("the evaluation"):
+                result = evaluate(agent, args, device, video)
+                check(np.array([*result.values()]), "the return of the evaluation")
+                now = time.time()
+                append_row(run_dir / "metrics.csv", global_step, agent.updates, *result.values())
+                append_row(run_dir / "timing.csv", global_step, agent.updates, now - start_time, now - eval_start)
             for name, value in result.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
+                log(f"eval/{name}", value)
             if args.track and video:
-                wandb.log({"eval/video": wandb.Video(str(next(video_dir.glob(f"{video.name}-*.mp4"))))})
+                with tracking():
+                    wandb.log({"eval/video": wandb.Video(str(next(video_dir.glob(f"{video.name}-*.mp4"))))})
             line = "evaluation at step {}: return {:.1f} ± {:.1f}, length {:.0f}".format(global_step, *result.values())
-            evaluations.append((result["episodic_return"], line))
+            evaluations.append((float(result["episodic_return"]), line))
             bar.write(line)
             sys.stdout.flush()
 
+        if signals or global_step % checkpoint_frequency < args.num_envs or global_step == steps[-1]:
+            save_checkpoint(global_step)
+            if signals:
+                bar.write(f"interrupted after step {global_step}; --resume {run_dir} goes on")
+                sys.exit(128 + signals[0])
+            obs = new_episodes()
+
     envs.close()
-    writer.close()
-    print(f"final {evaluations[-1][1]}\nbest  {max(evaluations)[1]}")
+    with tracking():
+        writer.close()
+    if evaluations:
+        print(f"final {evaluations[-1][1]}\nbest  {max(evaluations)[1]}")
     if args.save_model:
-        save_model(run_dir / "model.pt", agent, args)
+        model = {"policy": agent.policy.state_dict(), "critics": agent.critics.state_dict()}
+        with guard("writing model.pt"):
+            save(run_dir / "model.pt", args, model)
         print(f"watch: python {Path(__file__).name} --env-id {args.env_id} --evaluate {run_dir} --capture-video")
     if args.track:
-        wandb.finish()
+        with tracking():
+            wandb.finish()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(*parse())

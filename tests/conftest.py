@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,18 @@ torch.set_num_threads(1)
 mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file, where a test does not call main()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
     for known in (".*out of date:DeprecationWarning", "compiler attribute:UserWarning"):  # of the -v4 tasks
         config.addinivalue_line("filterwarnings", f"ignore:{known}")
 
@@ -78,6 +90,15 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), 0.0, False, True, {}
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """main() installs handlers of its own; puts those of pytest back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """The name of a script."""
@@ -126,12 +147,20 @@ def register_spaces(monkeypatch):
     return register
 
 
-def command_line(script, *flags, cwd, env=None):
+def start_process(script, *flags, cwd, env=None):
     """The script as a user starts it, without a GPU and without a display."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "120"}
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL") and not k.startswith("WANDB")}
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=environ | hidden | (env or {}), capture_output=True, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environ | hidden | (env or {}), **pipes)
+
+
+def command_line(script, *flags, cwd, env=None):
+    """The same to its end."""
+    process = start_process(script, *flags, cwd=cwd, env=env)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def small_flags(script):

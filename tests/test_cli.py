@@ -16,7 +16,6 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-import tyro
 from conftest import SCRIPTS, Spaces, command_line, small_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,7 +52,7 @@ def main(module, monkeypatch, tmp_path):
         folder = tmp_path / "working folder"
         folder.mkdir(exist_ok=True)
         monkeypatch.chdir(folder)
-        module.main(tyro.cli(module.Args, args=["--no-cuda", *map(str, flags)]))
+        module.main(*module.parse(["--no-cuda", *map(str, flags)]))
         return folder
 
     return main
@@ -93,11 +92,12 @@ def printed(row):
 
 
 def test_run_writes_its_files(script, trained):
-    """A run leaves one folder with the events, both tables and the model, and nothing else."""
+    """A run leaves one folder with its checkpoint, the events, both tables and the model, and nothing else."""
     assert os.listdir(trained.folder) == ["runs"] and len(os.listdir(trained.folder / "runs")) == 1
     assert re.fullmatch(rf"Humanoid-v4__{script}__1__\d+", trained.run_dir.name)
-    events, *others = sorted(os.listdir(trained.run_dir))
-    assert events.startswith("events.out.tfevents") and others == ["metrics.csv", "model.pt", "timing.csv"]
+    checkpoint, events, *others = sorted(os.listdir(trained.run_dir))
+    assert checkpoint == "checkpoint.pt" and events.startswith("events.out.tfevents")
+    assert others == ["metrics.csv", "model.pt", "timing.csv"]
     rows = read_table(trained.run_dir / "metrics.csv")
     # one update per vector step of two environments after step 100
     assert [(row["global_step"], row["updates"]) for row in rows] == [(150, 25), (300, 100), (400, 150)]
@@ -272,7 +272,7 @@ def test_bad_command_line(script, flags, tmp_path):
 
 
 COUNTS = {"total_timesteps", "num_envs", "buffer_size", "learning_starts", "eval_frequency", "eval_episodes"}
-COUNTS |= {"batch_size", "policy_frequency", "target_network_frequency"}
+COUNTS |= {"batch_size", "policy_frequency", "target_network_frequency", "checkpoint_frequency"}
 SDAC_COUNTS = {"alpha_frequency", "denoising_steps", "num_particles", "num_reverse_samples"}
 NUMBERS = {"seed": [-1, 2**31], "gamma": [-0.1, 1.1, math.nan], "tau": [0, 1.5, math.nan]}
 NUMBERS |= {name: [0, -1, math.inf, math.nan] for name in ("policy_lr", "q_lr", "alpha_lr", "reward_scale")}
@@ -389,7 +389,7 @@ def test_bad_model_files(script, trained, trained_runs, refused, tmp_path):
     (other,) = set(SCRIPTS) - {script}
     names = [name.split("_")[0] for name in (other, script)]
     error = refused(*evaluate, trained_runs[other].run_dir)
-    assert re.search(f"model of {names[0]}, not of {names[1]}\\b", error)
+    assert re.search(f"is of {names[0]}, not of {names[1]}\\b", error)
     assert "--eval-episodes" in refused(*evaluate, trained.run_dir, "--eval-episodes", 0)
 
 

@@ -35,7 +35,7 @@ def run(module, small_args, monkeypatch, tmp_path):
             patch.chdir(tmp_path / folder)
             patch.setattr(module, "ReplayBuffer", Recorder)
             patch.setattr(module, "Agent", Actor)
-            module.main(small_args(**chosen))
+            module.main(small_args(**{"checkpoint_frequency": 10**9, **chosen}))  # episodes begin anew with each
         return added, acted
 
     return run
