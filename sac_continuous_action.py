@@ -530,7 +530,8 @@ def main(args, checkpoint=None):
         except Exception as error:
             if save_step is not None:
                 save_checkpoint(save_step)
-            error = error.__context__ or error  # torch.save hides that the disk is full
+            while error.__context__ and not isinstance(error, OSError):
+                error = error.__context__  # torch.save hides that the disk is full
             stop(f"{what} failed ({type(error).__name__}: {error})")
 
     @contextmanager
