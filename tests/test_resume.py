@@ -618,8 +618,10 @@ def test_random_moments(script, tmp_path, number):
         time.sleep(rng.uniform(0, 0.7 * duration))
         process.send_signal(number)
         _, err = process.communicate()
-        assert process.returncode in (0, -number if number == signal.SIGKILL else 128 + number) and err == ""
         (run_dir,) = folder.glob("runs/*")
+        finished = (run_dir / "model.pt").exists()  # then Python may be about to end, without handlers of its own
+        statuses = [0, -number] if finished or number == signal.SIGKILL else [128 + number]
+        assert process.returncode in statuses and err == "", (process.returncode, err)
         resumed = command_line(script, "--resume", run_dir, cwd=folder)
         assert resumed.returncode == 0 and resumed.stderr == "" and not list(run_dir.glob("*.tmp"))
         metrics = (run_dir / "metrics.csv").read_bytes()
