@@ -10,21 +10,18 @@ the training, since it asks those for their names."""
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import os
-import platform
 from pathlib import Path
 
 import gymnasium as gym
 import matplotlib
 import numpy as np
 import torch
+from speed import cpu_name, versions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]
 
 
 def random_policy_return(env_id, episodes=20):
@@ -42,14 +39,6 @@ def random_policy_return(env_id, episodes=20):
     return {"mean": np.mean(returns), "std": np.std(returns), "episodes": episodes}
 
 
-def cpu_name():
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor()
-
-
 def record(run, results):
     model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
     with open(run / "metrics.csv") as metrics, open(run / "timing.csv") as timing:
@@ -61,7 +50,7 @@ def record(run, results):
     facts = {
         "algorithm": model["algorithm"],
         "args": model["args"],
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": versions(),
         "machine": {
             "cpu": cpu_name(),
             "cores": os.cpu_count(),

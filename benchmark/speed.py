@@ -264,6 +264,10 @@ def measure(script, task, name, optimisations, cuda):
     return result
 
 
+def versions():
+    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
 def cpu_name():
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -322,7 +326,7 @@ def main():
             print(f"  {results[-1]['update_ms']['median']:.1f} ms per update", file=sys.stderr, flush=True)
     facts = {
         "machine": {"device": device, "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": versions(),
         "seconds": time.time() - begin,
         "authors_ms_per_update": AUTHORS,
         "results": results,
