@@ -28,14 +28,15 @@ RESULT = r"return (-?[\d.]+) ± ([\d.]+), length (\d+)"
 def trained_runs(tmp_path_factory):
     """One run of each script on Humanoid-v4, as a user starts it: its process, folder and run folder."""
 
-    def train(script):
-        folder = tmp_path_factory.mktemp(script)
+    folders = [tmp_path_factory.mktemp(script) for script in SCRIPTS]  # here, since mktemp is not made for threads
+
+    def train(script, folder):
         process = command_line(script, *HUMANOID, *small_flags(script), "--cuda", cwd=folder)
         assert process.returncode == 0, (process.returncode, process.stderr)
         return SimpleNamespace(process=process, folder=folder, run_dir=next(folder.glob("runs/*")))
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(SCRIPTS, pool.map(train, SCRIPTS), strict=True))
+        return dict(zip(SCRIPTS, pool.map(train, SCRIPTS, folders), strict=True))
 
 
 @pytest.fixture
