@@ -88,6 +88,7 @@ class Args:
     num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
     num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
     reverse_proposal: Literal["truncate", "clip"] = "truncate"  # how reverse samples are kept in the box
+    anchor: Literal["current", "next"] = "current"  # where the loss looks: at (s, a_0), or (s', a') of the critic's target
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
     beta_scale: float = 0.8  # scale of the noise schedule β
     noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
@@ -430,7 +431,11 @@ class Agent(nn.Module):
         t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
         eps = torch.randn(next_actions.shape, generator=generator, device=obs.device)
         if args.weighting == "max-entropy":
-            a_t = self.schedule.add_noise(self.sample(self.policy, obs, generator, self.exploration_std()), eps, t)
+            if args.anchor == "next":
+                obs, a_0 = next_obs, next_actions
+            else:
+                a_0 = self.sample(self.policy, obs, generator, self.exploration_std())
+            a_t = self.schedule.add_noise(a_0, eps, t)
             target, ess = rsm_target(
                 self.critics, self.schedule, obs, a_t, t, LAMBDA_PER_ALPHA * alpha,
                 args.num_reverse_samples, args.reverse_proposal, generator,
