@@ -88,7 +88,10 @@ class Args:
     num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
     num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
     reverse_proposal: Literal["truncate", "clip"] = "truncate"  # how reverse samples are kept in the box
-    anchor: Literal["current", "next"] = "current"  # where the loss looks: at (s, a_0), or (s', a') of the critic's target
+    sobol: bool = False  # reverse samples from Sobol points with a random shift instead of independent ones
+    anchor: Literal["current", "next"] = (
+        "current"  # where the loss looks: at (s, a_0), or (s', a') of the critic's target
+    )
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
     beta_scale: float = 0.8  # scale of the noise schedule β
     noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
@@ -310,13 +313,17 @@ def reverse_samples(schedule, a_t, t, uniform, proposal):
 
 
 @torch.no_grad()
-def rsm_target(critics, schedule, obs, a_t, t, temperature, num_samples, proposal, generator):
+def rsm_target(critics, schedule, obs, a_t, t, temperature, num_samples, proposal, generator, points=None):
     """Reweighted score matching: the posterior mean E[ε | a_t, s] under π ∝ exp(Q/λ), by self-normalised importance
     sampling, Σ_i w_i ε_i with w = softmax_i(min_j Q_j(s, â_i) / λ).
 
     obs (B, obs_dim), a_t (B, d), t (B, 1) -> target (B, d) and the effective sample size 1/Σ w_i² (B,)."""
     shape = (len(a_t), num_samples, a_t.shape[1])
-    uniform = torch.rand(shape, generator=generator, device=a_t.device, dtype=a_t.dtype)
+    if points is None:
+        uniform = torch.rand(shape, generator=generator, device=a_t.device, dtype=a_t.dtype)
+    else:
+        shift = torch.rand((len(a_t), 1, shape[2]), generator=generator, device=a_t.device, dtype=a_t.dtype)
+        uniform = (points + shift) % 1
     eps, a_hat = reverse_samples(schedule, a_t, t, uniform, proposal)
     weights = torch.softmax(critics(obs, a_hat).amin(0) / temperature, dim=1)
     return (weights[..., None] * eps).sum(1), 1 / weights.square().sum(1)
@@ -387,6 +394,8 @@ class Agent(nn.Module):
         self.register_buffer("q_std", torch.tensor(1.0))
         self.to(device)
         self.schedule = NoiseSchedule(args.denoising_steps, args.beta_scale, device)
+        sobol = torch.quasirandom.SobolEngine(action_dim, scramble=True, seed=0)
+        self.points = sobol.draw(args.num_reverse_samples).to(device) if args.sobol else None
         adam = partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
         self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
         self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr, device=device))
@@ -438,7 +447,7 @@ class Agent(nn.Module):
             a_t = self.schedule.add_noise(a_0, eps, t)
             target, ess = rsm_target(
                 self.critics, self.schedule, obs, a_t, t, LAMBDA_PER_ALPHA * alpha,
-                args.num_reverse_samples, args.reverse_proposal, generator,
+                args.num_reverse_samples, args.reverse_proposal, generator, self.points,
             )  # fmt: skip
             loss = rsm_loss(self.policy, obs, a_t, t, target)
         else:
