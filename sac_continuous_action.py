@@ -254,7 +254,7 @@ class Agent(nn.Module):
 
     def __init__(self, args, obs_dim, action_dim, device):
         super().__init__()
-        self.args, self.action_dim, self.updates = args, action_dim, 0
+        self.args, self.obs_dim, self.action_dim, self.updates = args, obs_dim, action_dim, 0
         self.policy = Actor(obs_dim, action_dim)
         self.critics, self.target_critics = Critics(obs_dim, action_dim), Critics(obs_dim, action_dim)
         self.target_critics.load_state_dict(self.critics.state_dict())
@@ -469,38 +469,17 @@ def parse(argv=None):
     return args, checkpoint
 
 
-def main(args, checkpoint=None):
-    warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
-    warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
-    warnings.filterwarnings("ignore", message=".*Overwriting existing videos")  # one folder a run, one file each
-    mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
-    if args.evaluate is not None:
-        model, saved = load("--evaluate", args.evaluate, "model.pt")
-        if saved.env_id != args.env_id:
-            fail(f"--evaluate: {args.evaluate} was trained on {saved.env_id}; add --env-id {saved.env_id}")
-        chosen = "exp_name seed torch_deterministic cuda compile cudagraphs capture_video evaluate eval_episodes"
-        args = replace(saved, **{name: getattr(args, name) for name in chosen.split()})
-    obs_dim, action_dim = validate(args)
-    device = set_up_torch(args)
-    agent = Agent(args, obs_dim, action_dim, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
+def train(args, agent, device, checkpoint):
+    """The training loop. Whatever goes wrong ends it with one sentence; the last good state is in checkpoint.pt."""
     run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     if checkpoint:
         run_dir = Path(args.resume).resolve()
         run_dir = run_dir if run_dir.is_dir() else run_dir.parent
-    path, video_dir = run_dir / "checkpoint.pt", Path("videos") / run_dir.name
-    if args.evaluate is not None:
-        try:
-            agent.policy.load_state_dict(model["policy"])
-            agent.critics.load_state_dict(model["critics"])
-        except Exception:
-            fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
-        result = evaluate(agent, args, device, video_dir / "evaluation" if args.capture_video else None)
-        print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
-        return
-    if os.path.exists(run_dir) and not checkpoint:
+    elif os.path.exists(run_dir):
         fail(f"{run_dir} belongs to a run that began in the same second; start again")
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    path, video_dir = run_dir / "checkpoint.pt", Path("videos") / run_dir.name
+    generator = torch.Generator(device).manual_seed(args.seed)
+    buffer = ReplayBuffer(args.buffer_size, agent.obs_dim, agent.action_dim, device)
     learners = {"agent": agent} | {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
     global_step, seconds, evaluations = 0, 0.0, []
     logs = {"metrics.csv": "global_step,updates,episodic_return,episodic_return_std,episodic_length\n"}
@@ -607,7 +586,7 @@ def main(args, checkpoint=None):
     for global_step in bar:
         check(obs, "an observation")
         if global_step <= args.learning_starts:
-            actions = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
+            actions = 2 * torch.rand(args.num_envs, agent.action_dim, generator=generator, device=device) - 1
         else:
             actions = agent.act(to_tensor(obs), generator, explore=True)
         actions_for_envs = actions.cpu().numpy()
@@ -674,6 +653,34 @@ def main(args, checkpoint=None):
     if args.track:
         with tracking():
             wandb.finish()
+
+
+def main(args, checkpoint=None):
+    """Trains, goes on with the training of a checkpoint, or evaluates a trained model."""
+    warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
+    warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos")  # one folder a run, one file each
+    mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
+    if args.evaluate is not None:
+        model, saved = load("--evaluate", args.evaluate, "model.pt")
+        if saved.env_id != args.env_id:
+            fail(f"--evaluate: {args.evaluate} was trained on {saved.env_id}; add --env-id {saved.env_id}")
+        chosen = "exp_name seed torch_deterministic cuda compile cudagraphs capture_video evaluate eval_episodes"
+        args = replace(saved, **{name: getattr(args, name) for name in chosen.split()})
+    obs_dim, action_dim = validate(args)
+    device = set_up_torch(args)
+    agent = Agent(args, obs_dim, action_dim, device)
+    if args.evaluate is None:
+        train(args, agent, device, checkpoint)
+        return
+    try:
+        agent.policy.load_state_dict(model["policy"])
+        agent.critics.load_state_dict(model["critics"])
+    except Exception:
+        fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
+    video = Path("videos") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}" / "evaluation"
+    result = evaluate(agent, args, device, video if args.capture_video else None)
+    print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
 
 
 if __name__ == "__main__":

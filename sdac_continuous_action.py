@@ -88,10 +88,7 @@ class Args:
     num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
     num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
     reverse_proposal: Literal["truncate", "clip"] = "truncate"  # how reverse samples are kept in the box
-    sobol: bool = False  # reverse samples from Sobol points with a random shift instead of independent ones
-    anchor: Literal["current", "next"] = (
-        "current"  # where the loss looks: at (s, a_0), or (s', a') of the critic's target
-    )
+    anchor: Literal["current", "next"] = "current"  # the loss at (s, a_0), or at (s', a') of the critic's target
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
     beta_scale: float = 0.8  # scale of the noise schedule β
     noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
@@ -313,17 +310,12 @@ def reverse_samples(schedule, a_t, t, uniform, proposal):
 
 
 @torch.no_grad()
-def rsm_target(critics, schedule, obs, a_t, t, temperature, num_samples, proposal, generator, points=None):
+def rsm_target(critics, schedule, obs, a_t, t, temperature, uniform, proposal):
     """Reweighted score matching: the posterior mean E[ε | a_t, s] under π ∝ exp(Q/λ), by self-normalised importance
     sampling, Σ_i w_i ε_i with w = softmax_i(min_j Q_j(s, â_i) / λ).
 
-    obs (B, obs_dim), a_t (B, d), t (B, 1) -> target (B, d) and the effective sample size 1/Σ w_i² (B,)."""
-    shape = (len(a_t), num_samples, a_t.shape[1])
-    if points is None:
-        uniform = torch.rand(shape, generator=generator, device=a_t.device, dtype=a_t.dtype)
-    else:
-        shift = torch.rand((len(a_t), 1, shape[2]), generator=generator, device=a_t.device, dtype=a_t.dtype)
-        uniform = (points + shift) % 1
+    obs (B, obs_dim), a_t (B, d), t (B, 1), uniform on [0, 1) (B, M, d) -> target (B, d) and the effective sample size
+    1/Σ w_i² (B,)."""
     eps, a_hat = reverse_samples(schedule, a_t, t, uniform, proposal)
     weights = torch.softmax(critics(obs, a_hat).amin(0) / temperature, dim=1)
     return (weights[..., None] * eps).sum(1), 1 / weights.square().sum(1)
@@ -384,7 +376,7 @@ class Agent(nn.Module):
 
     def __init__(self, args, obs_dim, action_dim, device):
         super().__init__()
-        self.args, self.action_dim, self.updates = args, action_dim, 0
+        self.args, self.obs_dim, self.action_dim, self.updates = args, obs_dim, action_dim, 0
         self.policy, self.ema_policy = Denoiser(obs_dim, action_dim), Denoiser(obs_dim, action_dim)
         self.critics, self.target_critics = Critics(obs_dim, action_dim), Critics(obs_dim, action_dim)
         self.ema_policy.load_state_dict(self.policy.state_dict())
@@ -394,8 +386,6 @@ class Agent(nn.Module):
         self.register_buffer("q_std", torch.tensor(1.0))
         self.to(device)
         self.schedule = NoiseSchedule(args.denoising_steps, args.beta_scale, device)
-        sobol = torch.quasirandom.SobolEngine(action_dim, scramble=True, seed=0)
-        self.points = sobol.draw(args.num_reverse_samples).to(device) if args.sobol else None
         adam = partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
         self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
         self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr, device=device))
@@ -445,10 +435,10 @@ class Agent(nn.Module):
             else:
                 a_0 = self.sample(self.policy, obs, generator, self.exploration_std())
             a_t = self.schedule.add_noise(a_0, eps, t)
-            target, ess = rsm_target(
-                self.critics, self.schedule, obs, a_t, t, LAMBDA_PER_ALPHA * alpha,
-                args.num_reverse_samples, args.reverse_proposal, generator, self.points,
-            )  # fmt: skip
+            shape = (len(obs), args.num_reverse_samples, self.action_dim)
+            uniform = torch.rand(shape, generator=generator, device=obs.device)
+            temperature, proposal = LAMBDA_PER_ALPHA * alpha, args.reverse_proposal
+            target, ess = rsm_target(self.critics, self.schedule, obs, a_t, t, temperature, uniform, proposal)
             loss = rsm_loss(self.policy, obs, a_t, t, target)
         else:
             with torch.no_grad():
@@ -640,38 +630,17 @@ def parse(argv=None):
     return args, checkpoint
 
 
-def main(args, checkpoint=None):
-    warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
-    warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
-    warnings.filterwarnings("ignore", message=".*Overwriting existing videos")  # one folder a run, one file each
-    mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
-    if args.evaluate is not None:
-        model, saved = load("--evaluate", args.evaluate, "model.pt")
-        if saved.env_id != args.env_id:
-            fail(f"--evaluate: {args.evaluate} was trained on {saved.env_id}; add --env-id {saved.env_id}")
-        chosen = "exp_name seed torch_deterministic cuda compile cudagraphs capture_video evaluate eval_episodes"
-        args = replace(saved, **{name: getattr(args, name) for name in chosen.split()})
-    obs_dim, action_dim = validate(args)
-    device = set_up_torch(args)
-    agent = Agent(args, obs_dim, action_dim, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
+def train(args, agent, device, checkpoint):
+    """The training loop. Whatever goes wrong ends it with one sentence; the last good state is in checkpoint.pt."""
     run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     if checkpoint:
         run_dir = Path(args.resume).resolve()
         run_dir = run_dir if run_dir.is_dir() else run_dir.parent
-    path, video_dir = run_dir / "checkpoint.pt", Path("videos") / run_dir.name
-    if args.evaluate is not None:
-        try:
-            agent.ema_policy.load_state_dict(model["policy"])
-            agent.critics.load_state_dict(model["critics"])
-        except Exception:
-            fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
-        result = evaluate(agent, args, device, video_dir / "evaluation" if args.capture_video else None)
-        print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
-        return
-    if os.path.exists(run_dir) and not checkpoint:
+    elif os.path.exists(run_dir):
         fail(f"{run_dir} belongs to a run that began in the same second; start again")
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    path, video_dir = run_dir / "checkpoint.pt", Path("videos") / run_dir.name
+    generator = torch.Generator(device).manual_seed(args.seed)
+    buffer = ReplayBuffer(args.buffer_size, agent.obs_dim, agent.action_dim, device)
     learners = {"agent": agent} | {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
     global_step, seconds, evaluations = 0, 0.0, []
     logs = {"metrics.csv": "global_step,updates,episodic_return,episodic_return_std,episodic_length\n"}
@@ -780,7 +749,7 @@ def main(args, checkpoint=None):
     for global_step in bar:
         check(obs, "an observation")
         if global_step <= args.learning_starts:
-            actions = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
+            actions = 2 * torch.rand(args.num_envs, agent.action_dim, generator=generator, device=device) - 1
         else:
             actions = agent.act(to_tensor(obs), generator, explore=True)
         actions_for_envs = actions.cpu().numpy()
@@ -848,6 +817,34 @@ def main(args, checkpoint=None):
     if args.track:
         with tracking():
             wandb.finish()
+
+
+def main(args, checkpoint=None):
+    """Trains, goes on with the training of a checkpoint, or evaluates a trained model."""
+    warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
+    warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos")  # one folder a run, one file each
+    mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
+    if args.evaluate is not None:
+        model, saved = load("--evaluate", args.evaluate, "model.pt")
+        if saved.env_id != args.env_id:
+            fail(f"--evaluate: {args.evaluate} was trained on {saved.env_id}; add --env-id {saved.env_id}")
+        chosen = "exp_name seed torch_deterministic cuda compile cudagraphs capture_video evaluate eval_episodes"
+        args = replace(saved, **{name: getattr(args, name) for name in chosen.split()})
+    obs_dim, action_dim = validate(args)
+    device = set_up_torch(args)
+    agent = Agent(args, obs_dim, action_dim, device)
+    if args.evaluate is None:
+        train(args, agent, device, checkpoint)
+        return
+    try:
+        agent.ema_policy.load_state_dict(model["policy"])
+        agent.critics.load_state_dict(model["critics"])
+    except Exception:
+        fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
+    video = Path("videos") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}" / "evaluation"
+    result = evaluate(agent, args, device, video if args.capture_video else None)
+    print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
 
 
 if __name__ == "__main__":

@@ -206,10 +206,13 @@ def measure(script, task, name, optimisations, cuda):
             t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=device)
             particles = torch.rand(len(obs), k, action_dim, generator=generator, device=device)
             choose = torch.no_grad()(lambda: agent.critics(obs, particles).amin(0).argmax(1))
-            target = partial(
-                module.rsm_target, agent.critics, agent.schedule, obs, batch[1], t, torch.tensor(1.0, device=device),
-                args.num_reverse_samples, args.reverse_proposal, generator,
-            )  # fmt: skip
+            shape, one = (len(obs), args.num_reverse_samples, action_dim), torch.tensor(1.0, device=device)
+
+            def target():
+                uniform = torch.rand(shape, generator=generator, device=device)
+                proposal = args.reverse_proposal
+                module.rsm_target(agent.critics, agent.schedule, obs, batch[1], t, one, uniform, proposal)
+
             loss = partial(module.rsm_loss, agent.policy, obs, batch[1], t, batch[1])
             parts |= {
                 "sampling chain and choice of particle": lambda: agent.sample(agent.policy, obs, generator, std),

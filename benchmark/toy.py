@@ -203,9 +203,6 @@ def train(name, dim, method, num_samples, seed, steps=STEPS):
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     obs, q_mean, q_std = torch.zeros(BATCH, 1), torch.tensor(0.0), torch.tensor(1.0)
-    points = None
-    if method == "sobol":
-        points = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(num_samples)
     curve, seconds, start = [], 0.0, time.process_time()
     for step in range(steps):
         if method == "denoising":
@@ -223,7 +220,8 @@ def train(name, dim, method, num_samples, seed, steps=STEPS):
             weights = sdac.mirror_descent_weights(q, q_mean, q_std, sdac.INITIAL_ALPHA)  # at λ = α/5 = 1
         elif method != "denoising":
             proposal = "clip" if method == "clip" else "truncate"
-            eps, _ = sdac.rsm_target(critics, SCHEDULE, obs, a_t, t, 1.0, num_samples, proposal, generator, points)
+            uniform = uniforms(method, BATCH, num_samples, dim, generator, torch.float32)
+            eps, _ = sdac.rsm_target(critics, SCHEDULE, obs, a_t, t, 1.0, uniform, proposal)
         loss = sdac.rsm_loss(denoiser, obs, a_t, t, eps, weights)
         optimizer.zero_grad()
         loss.backward()
@@ -272,7 +270,7 @@ def exact_sampler(steps, name="Gaussian", dim=2):
     return {"T": steps, "std": samples.std(0).mean().item(), "true_std": true.std(0).mean().item()}
 
 
-def uniforms(kind, batch, num_samples, dim, generator):
+def uniforms(kind, batch, num_samples, dim, generator, dtype=torch.float64):
     """Points (B, M, d), each uniform on the unit cube, from which reverse_samples() makes reverse samples.
 
     Every kind keeps each single point uniform, so numerator and denominator of Σ w_i ε_i, means of exp(Q/λ) ε and of
@@ -280,7 +278,7 @@ def uniforms(kind, batch, num_samples, dim, generator):
     "antithetic": pairs u, 1-u. "stratified": in each coordinate one point per interval of length 1/M (Latin hypercube).
     "sobol": one fixed set of Sobol points plus a uniform shift for each state, modulo 1 (Cranley & Patterson, 1976):
     u + shift mod 1 is uniform for any fixed u, and the set stays evenly spread."""
-    rand = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    rand = lambda *shape: torch.rand(shape, generator=generator, dtype=dtype)  # noqa: E731
     if kind == "antithetic":
         half = rand(batch, num_samples // 2, dim)
         return torch.cat([half, 1 - half], dim=1)
@@ -288,7 +286,7 @@ def uniforms(kind, batch, num_samples, dim, generator):
         order = rand(batch, num_samples, dim).argsort(1)
         return (order + rand(batch, num_samples, dim)) / num_samples
     if kind == "sobol":
-        points = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(num_samples, dtype=torch.float64)
+        points = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(num_samples, dtype=dtype)
         return (points + rand(batch, 1, dim)) % 1
     return rand(batch, num_samples, dim)
 

@@ -342,7 +342,8 @@ def test_rsm_target_is_the_closed_form_score_of_a_gaussian():
         t = torch.full((copies, 1), i)
         a_t = signal * (mu + sigma * randn(2, seed=i)) + math.sqrt(variance) * randn(2, seed=100 + i)
         obs, a = torch.zeros(copies, 1, dtype=torch.float64), a_t.expand(copies, 2)
-        target, _ = sdac.rsm_target(twins(energy), schedule, obs, a, t, temperature, 4096, "truncate", seeded(i))
+        uniform = torch.rand(copies, 4096, 2, generator=seeded(i), dtype=torch.float64)
+        target, _ = sdac.rsm_target(twins(energy), schedule, obs, a, t, temperature, uniform, "truncate")
         expected = math.sqrt(variance) * (a_t - signal * mu) / (signal**2 * sigma**2 + variance)
         # 5 standard errors, measured on the independent copies of the same a_t (bias is of order error²/σ: smaller)
         assert ((target.mean(0) - expected).abs() < 5 * target.std(0) / math.sqrt(copies)).all()
@@ -362,8 +363,11 @@ def two_mode_error(t, num_samples, proposal, rows=1000):
     truth = (posterior * eps).sum(1) / posterior.sum(1)
     critics = twins(lambda a: 0.3 * density(a)[..., 0].log())
     schedule, obs = sdac.NoiseSchedule(20, 0.8, dtype=torch.float64), torch.zeros(rows, 1, dtype=torch.float64)
-    steps = torch.full((rows, 1), t)
-    target, _ = sdac.rsm_target(critics, schedule, obs, a_t, steps, 0.3, num_samples, proposal, seeded(4))
+    steps, uniform = (
+        torch.full((rows, 1), t),
+        torch.rand(rows, num_samples, 1, generator=seeded(4), dtype=torch.float64),
+    )
+    target, _ = sdac.rsm_target(critics, schedule, obs, a_t, steps, 0.3, uniform, proposal)
     return (target[:, 0] - truth).square().mean().sqrt().item()
 
 
@@ -383,8 +387,8 @@ def test_rsm_target_is_the_weighted_mean_with_the_smaller_critic(proposal):
     """Softmax weights of min_j Q_j/λ, their mean of ε and the effective sample size 1/Σw², by loops."""
     schedule, critics = sdac.NoiseSchedule(20, 0.8, dtype=torch.float64), double(sdac.Critics, 3, 2, hidden_dim=16)
     obs, a_t, t, temperature = randn(4, 3), randn(4, 2, seed=1), torch.tensor([[0], [3], [8], [19]]), 0.05
-    target, ess = sdac.rsm_target(critics, schedule, obs, a_t, t, temperature, 16, proposal, seeded(2))
     uniform = torch.rand(4, 16, 2, generator=seeded(2), dtype=torch.float64)
+    target, ess = sdac.rsm_target(critics, schedule, obs, a_t, t, temperature, uniform, proposal)
     eps, a_hat = sdac.reverse_samples(schedule, a_t, t, uniform, proposal)
     for b in range(4):
         weights = [math.exp(min_q(critics, obs[b], a_hat[b, i]) / temperature) for i in range(16)]
@@ -403,7 +407,8 @@ def test_effective_sample_size_runs_from_one_to_all():
     equal = lambda obs, a: torch.full((2, *a.shape[:2]), 7.0, dtype=torch.float64)  # noqa: E731
     dominant = lambda obs, a: equal(obs, a) + 1000 * F.one_hot(torch.tensor(5), a.shape[1])  # noqa: E731
     for critics, expected in [(equal, 32.0), (dominant, 1.0)]:
-        _, ess = sdac.rsm_target(critics, schedule, obs, a_t, t, 1.0, 32, "truncate", seeded())
+        uniform = torch.rand(3, 32, 2, generator=seeded(), dtype=torch.float64)
+        _, ess = sdac.rsm_target(critics, schedule, obs, a_t, t, 1.0, uniform, "truncate")
         assert ess.tolist() == pytest.approx([expected] * 3, rel=1e-12)
 
 
@@ -509,15 +514,14 @@ def test_policy_regresses_on_the_rsm_target(monkeypatch):
     spy(monkeypatch, "sample_actions", fixed_actions)
     calls, before = spy(monkeypatch, "rsm_target"), copy.deepcopy(agent)
     metrics = agent.update(batch, seeded(5))
-    ((critics, schedule, obs, a_t, t, temperature, num_samples, proposal, _), (target, ess)), steps = (
-        calls[0],
-        chain(3, 0.8),
-    )
+    (critics, schedule, obs, a_t, t, temperature, uniform, proposal), (target, ess) = calls[0]
+    steps = chain(3, 0.8)
     assert critics is agent.critics and schedule is agent.schedule and torch.equal(obs, batch[0])
-    assert temperature.item() == pytest.approx(0.4) and (num_samples, proposal) == (4, "clip")
+    assert temperature.item() == pytest.approx(0.4) and proposal == "clip"
     generator = seeded(5)  # the stand-in for sample_actions draws nothing
     assert torch.equal(t, torch.randint(3, (6, 1), generator=generator))
     eps, loss = torch.randn(6, 2, generator=generator), 0
+    assert torch.equal(uniform, torch.rand(6, 4, 2, generator=generator))
     for b in range(6):
         _, _, _, signal, variance = steps[int(t[b])]
         torch.testing.assert_close(a_t[b], signal * (2 * obs[b, :2]).sin() + math.sqrt(variance) * eps[b])

@@ -76,8 +76,8 @@ def error_of_the_minimiser(proposal, t, n=2000, num_samples=2048):
     a_0 = target.sample(n, generator)
     a_t = toy.EXACT_SCHEDULE.add_noise(a_0, torch.randn(a_0.shape, generator=generator, dtype=torch.float64), t)
     critics = lambda obs, actions: target.energy(actions).expand(2, -1, -1)  # noqa: E731
-    steps, obs = torch.full((n, 1), t), torch.zeros(n, 1)
-    eps, _ = sdac.rsm_target(critics, toy.EXACT_SCHEDULE, obs, a_t, steps, 1.0, num_samples, proposal, generator)
+    steps, uniform = torch.full((n, 1), t), torch.rand(n, num_samples, 1, generator=generator, dtype=torch.float64)
+    eps, _ = sdac.rsm_target(critics, toy.EXACT_SCHEDULE, None, a_t, steps, 1.0, uniform, proposal)
     error, design = eps - target.posterior_noise(a_t, t), torch.cat([torch.ones_like(a_t), a_t], dim=1)
     inverse = torch.linalg.inv(design.T @ design)
     coefficients = inverse @ design.T @ error
@@ -95,7 +95,10 @@ def test_the_default_proposal_learns_the_score_of_a_gaussian_and_clip_does_not(t
 
 def test_training_reaches_the_score_that_true_samples_give_and_clip_does_not():
     """Both networks see the same number of noised actions; denoising true samples is the ceiling of any method."""
-    error = {method: toy.train("Gaussian", 1, method, 64, 1, steps=300)[0]["score_error"] for method in ("denoising", DEFAULT, "clip")}
+    error = {
+        method: toy.train("Gaussian", 1, method, 64, 1, steps=300)[0]["score_error"]
+        for method in ("denoising", DEFAULT, "clip")
+    }
     assert error["denoising"] < 0.3
     assert error[DEFAULT] < 1.25 * error["denoising"]
     assert error["clip"] > 2 * error[DEFAULT]
