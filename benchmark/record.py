@@ -1,12 +1,11 @@
-"""Keep finished runs as results, and draw them.
+"""Keep finished runs as results. benchmark/plot.py draws them.
 
-    python benchmark/record.py runs/<run> [runs/<run> ...]      # then the picture, from all results
-    python benchmark/record.py                                  # the picture alone
+    python benchmark/record.py runs/<run> [runs/<run> ...]
 
 For each run folder writes benchmark/results/<run>.csv (evaluations, with the updates and seconds at each) and
-<run>.json (arguments, versions, machine, duration, return of uniformly random actions), then curves.png beside them.
-With --into NAME all that happens in the folder benchmark/results/NAME. Run it on the machine and in the environment of
-the training, since it asks those for their names."""
+<run>.json (arguments, versions, machine, duration, return of uniformly random actions), or with --into NAME into
+benchmark/results/NAME. Run it on the machine and in the environment of the training, since it asks those for their
+names."""
 
 import argparse
 import csv
@@ -15,13 +14,9 @@ import os
 from pathlib import Path
 
 import gymnasium as gym
-import matplotlib
 import numpy as np
 import torch
 from speed import cpu_name, versions
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def random_policy_return(env_id, episodes=20):
@@ -63,39 +58,12 @@ def record(run, results):
     (results / f"{run.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def draw(results):
-    tasks = {}
-    for path in sorted(results.glob("*-v*__*.json")):
-        facts = json.loads(path.read_text())
-        with open(path.with_suffix(".csv")) as file:
-            tasks.setdefault(facts["args"]["env_id"], []).append((facts, list(csv.DictReader(file))))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 3.8), squeeze=False, layout="constrained")
-    for axis, (env_id, runs) in zip(axes[0], tasks.items(), strict=True):
-        names = list(dict.fromkeys(facts["args"]["exp_name"] for facts, _ in runs))
-        for facts, rows in runs:
-            step, mean, std = (
-                np.array([float(row[name]) for row in rows])
-                for name in ("global_step", "episodic_return", "episodic_return_std")
-            )
-            name, seed = facts["args"]["exp_name"], facts["args"]["seed"]
-            style = {"color": f"C{names.index(name)}", "linestyle": ["-", "--", ":", "-."][(seed - 1) % 4]}
-            axis.plot(step, mean, label=f"{name.removesuffix('_continuous_action')}, seed {seed}", **style)
-            axis.fill_between(step, mean - std, mean + std, alpha=0.15, linewidth=0, color=style["color"])
-            axis.axvline(facts["args"]["learning_starts"], color="0.7", linewidth=1)
-        random = runs[0][0]["random_policy"]
-        axis.axhline(random["mean"], color="0.4", linewidth=1, label="random actions")
-        axis.set(title=env_id, xlabel="environment steps (the grey line ends the warm-up)", ylabel="evaluation return")
-        axis.legend(fontsize="small")
-    figure.savefig(results / "curves.png", dpi=130)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", default=".", metavar="NAME", help="folder under benchmark/results")
-    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path)
     options = parser.parse_args()
     results = Path(__file__).parent / "results" / options.into
     results.mkdir(parents=True, exist_ok=True)
     for run in options.runs:
         record(run, results)
-    draw(results)
