@@ -34,14 +34,11 @@ def random_policy_return(env_id, episodes=20):
     return {"mean": np.mean(returns), "std": np.std(returns), "episodes": episodes}
 
 
-def record(run, results):
+def collect(run):
+    """Name, facts and evaluations of the run in a folder."""
     model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
     with open(run / "metrics.csv") as metrics, open(run / "timing.csv") as timing:
         rows = [m | t for m, t in zip(csv.DictReader(metrics), csv.DictReader(timing), strict=True)]
-    with open(results / f"{run.name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     facts = {
         "algorithm": model["algorithm"],
         "args": model["args"],
@@ -55,7 +52,17 @@ def record(run, results):
         "seconds": float(rows[-1]["seconds"]),
         "random_policy": random_policy_return(model["args"]["env_id"]),
     }
-    (results / f"{run.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return run.name, facts, rows
+
+
+def write(name, facts, rows, results):
+    """The CSV first: a run counts as kept when its JSON is there."""
+    results.mkdir(parents=True, exist_ok=True)
+    with open(results / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (results / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -64,6 +71,5 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", type=Path)
     options = parser.parse_args()
     results = Path(__file__).parent / "results" / options.into
-    results.mkdir(parents=True, exist_ok=True)
     for run in options.runs:
-        record(run, results)
+        write(*collect(run), results)
