@@ -13,6 +13,8 @@ per environment step. Unlike CleanRL's SAC, networks have three mish layers inst
 learn at the policy's rate, and the policy is updated once per update instead of twice every second one.
 
 Shapes: B batch, d action dimension, H hidden width.
+
+The algorithm ends with class Agent; evaluation, input checks, files and the training loop follow it.
 """
 
 import csv
@@ -83,36 +85,7 @@ class Args:
     alpha_lr: float = 3e-4  # learning rate of log α
 
 
-RESUME_MAY_CHANGE = "resume total_timesteps eval_frequency eval_episodes checkpoint_frequency capture_video save_model "
-RESUME_MAY_CHANGE += "track wandb_project_name wandb_entity"
-
-
-def fail(message, status=2):
-    """One sentence on stderr. Exit status 2: bad input, before anything is written; 1: training cannot go on."""
-    print("error:", *message.split(), file=sys.stderr)
-    sys.exit(status)
-
-
-def make_env(env_id, video=None):
-    """The task with actions rescaled from its own bounds to [-1, 1]; its first episode is filmed if video is a path."""
-    env = gym.make(env_id, render_mode="rgb_array" if video else None)
-    if video:
-        first = lambda episode: episode == 0  # noqa: E731
-        env = gym.wrappers.RecordVideo(env, video.parent, first, name_prefix=video.name, disable_logger=True)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-
-
-def make_vector_env(env_fns):
-    # With SAME_STEP, an episode's true last observation is in infos["final_obs"] and no step is spent on the reset
-    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-
-
-def final_observations(next_obs, infos):
-    """Observations that the actions led to: of an episode that ended, its last one, not the first after the reset."""
-    next_obs = next_obs.copy()
-    for i in np.flatnonzero(infos.get("_final_obs", [])):
-        next_obs[i] = infos["final_obs"][i].reshape(next_obs[i].shape)  # or else it could be broadcast
-    return next_obs
+# ---- The Gaussian policy and the critics ----
 
 
 def mish(x):
@@ -192,16 +165,6 @@ class ReplayBuffer:
         index = torch.randint(self.filled, (batch_size,), generator=generator, device=self.rows.device)
         obs, actions, rewards, next_obs, terminations = self.rows[index].split(self.sizes, dim=1)
         return obs, actions, rewards[:, 0], next_obs, terminations[:, 0]
-
-
-def free_memory(device):
-    """Bytes that can still be allocated on the device; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not os.path.exists("/proc/meminfo"):
-        return math.inf
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def sample_actions(actor, obs, generator):
@@ -314,6 +277,31 @@ class Agent(nn.Module):
         return metrics
 
 
+# ---- Environments ----
+
+
+def make_env(env_id, video=None):
+    """The task with actions rescaled from its own bounds to [-1, 1]; its first episode is filmed if video is a path."""
+    env = gym.make(env_id, render_mode="rgb_array" if video else None)
+    if video:
+        first = lambda episode: episode == 0  # noqa: E731
+        env = gym.wrappers.RecordVideo(env, video.parent, first, name_prefix=video.name, disable_logger=True)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def make_vector_env(env_fns):
+    # With SAME_STEP, an episode's true last observation is in infos["final_obs"] and no step is spent on the reset
+    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def final_observations(next_obs, infos):
+    """Observations that the actions led to: of an episode that ended, its last one, not the first after the reset."""
+    next_obs = next_obs.copy()
+    for i in np.flatnonzero(infos.get("_final_obs", [])):
+        next_obs[i] = infos["final_obs"][i].reshape(next_obs[i].shape)  # or else it could be broadcast
+    return next_obs
+
+
 def evaluate(agent, args, device, video=None):
     """Mean and spread of the returns of --eval-episodes episodes, one per environment, without exploration noise.
 
@@ -332,6 +320,15 @@ def evaluate(agent, args, device, video=None):
     envs.close()
     result = {"episodic_return": returns.mean(), "episodic_return_std": returns.std()}
     return result | {"episodic_length": lengths.mean()}
+
+
+# ---- Input, devices, files ----
+
+
+def fail(message, status=2):
+    """One sentence on stderr. Exit status 2: bad input, before anything is written; 1: training cannot go on."""
+    print("error:", *message.split(), file=sys.stderr)
+    sys.exit(status)
 
 
 def validate(args):
@@ -413,6 +410,16 @@ def set_up_torch(args):
     return device
 
 
+def free_memory(device):
+    """Bytes that can still be allocated on the device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not os.path.exists("/proc/meminfo"):
+        return math.inf
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
 def save(path, args, contents):
     """torch.save through a temporary file in the same folder, so that path always holds a whole file."""
     temporary = path.with_suffix(".tmp")
@@ -454,6 +461,10 @@ def append_row(path, *row):
         csv.writer(file, lineterminator="\n").writerow(row)
 
 
+RESUME_MAY_CHANGE = "resume total_timesteps eval_frequency eval_episodes checkpoint_frequency capture_video save_model "
+RESUME_MAY_CHANGE += "track wandb_project_name wandb_entity"
+
+
 def parse(argv=None):
     """Arguments and checkpoint. With --resume they are the checkpoint's; a few may change from the command line."""
     args = tyro.cli(Args, args=argv)
@@ -467,6 +478,9 @@ def parse(argv=None):
         if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE.split():
             fail(f"--resume: --{name.replace('_', '-')} is {getattr(saved, name)} and cannot change; leave it out")
     return args, checkpoint
+
+
+# ---- Training ----
 
 
 def train(args, agent, device, checkpoint):

@@ -533,6 +533,21 @@ def test_policy_regresses_on_the_rsm_target(monkeypatch):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_anchor_next_is_the_pair_of_the_critics_target(monkeypatch):
+    """The loss looks at (s', a') with the very a' of the Bellman target, and nothing else is sampled."""
+    agent, batch = make_agent(policy_frequency=1, anchor="next"), make_batch()
+    sampled, calls = spy(monkeypatch, "sample_actions", fixed_actions), spy(monkeypatch, "rsm_target")
+    agent.update(batch, seeded(5))
+    ((_, next_actions),), ((_, _, obs, a_t, t, *_), _) = sampled, calls[0]
+    assert torch.equal(obs, batch[3])
+    generator = seeded(5)  # the stand-in for sample_actions draws nothing
+    assert torch.equal(t, torch.randint(3, (6, 1), generator=generator))
+    eps = torch.randn(6, 2, generator=generator)
+    for b in range(6):
+        _, _, _, signal, variance = chain(3, 0.8)[int(t[b])]
+        torch.testing.assert_close(a_t[b], signal * next_actions[b] + math.sqrt(variance) * eps[b])
+
+
 def test_mirror_descent_update(monkeypatch):
     """Running mean and deviation of min_j Q_j(s', a') move by 0.001; a' is denoised at s' with the weights of its Q."""
     agent, batch = make_agent(policy_frequency=1, weighting="mirror-descent"), make_batch()
