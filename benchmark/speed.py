@@ -48,6 +48,7 @@ def plan(cuda):
         jobs += [("sdac", task, "float32", exact), ("sdac", task, "plain", [])]
         if "bfloat16" in every:
             jobs += [("sdac", task, "bfloat16", every)]
+        jobs += [("sdac", task, "anchor next", every)]
         if task == "HalfCheetah-v4":
             jobs += [("sdac", task, f"only {name}", [name]) for name in every]
         jobs += [("sac", task, "float32", exact), ("sac", task, "plain", []), ("sac", task, "cleanrl", [])]
@@ -166,7 +167,7 @@ def measure(script, task, name, optimisations, cuda):
     torch, on = module.torch, set(optimisations)
     args = module.Args(env_id=task, cuda=cuda, compile="compile" in on, cudagraphs="cudagraphs" in on)
     if script == "sdac":
-        args.bfloat16 = "bfloat16" in on
+        args.bfloat16, args.anchor = "bfloat16" in on, "next" if name == "anchor next" else "current"
     if "malloc" not in on:
         module.ctypes = SimpleNamespace(CDLL=lambda _: SimpleNamespace(mallopt=lambda *_: None))
     if "compile" not in on:
