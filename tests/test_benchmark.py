@@ -76,6 +76,7 @@ def test_an_interrupted_grid_goes_on(repository):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and output.endswith("interrupted; the same command goes on\n"), output
+    assert "interrupted after step" in "".join(path.read_text() for path in work.glob("*/log.txt"))
     begun = {path.parent.name for path in work.glob("*/runs/*/checkpoint.pt")}
     process = start(repository, "--jobs", "2")
     output, _ = process.communicate(timeout=300)
