@@ -71,11 +71,13 @@ class Mixture:
         return torch.logsumexp(log_weights - square / (2 * self.std**2), -1)
 
     def sample(self, n, generator):
-        """(n, d), by rejection of what falls outside the box."""
-        mode = torch.multinomial(self.log_weights.exp(), 4 * n, replacement=True, generator=generator)
-        noise = torch.randn(4 * n, self.dim, generator=generator, dtype=torch.float64)
-        actions = self.means[mode] + self.std * noise
-        return actions[(actions.abs() <= 1).all(1)][:n]
+        """(n, d): a mode by its mass in the box, then its truncated Gaussians by inversion."""
+        low, high = (torch.special.ndtr((side - self.means) / self.std) for side in (-1, 1))
+        mass = self.log_weights.exp() * (high - low).prod(1)
+        mode = torch.multinomial(mass, n, replacement=True, generator=generator)
+        uniform = torch.rand(n, self.dim, generator=generator, dtype=torch.float64)
+        z = torch.special.ndtri(low[mode] + uniform * (high - low)[mode])
+        return (self.means[mode] + self.std * z).clamp(-1, 1)
 
     def posterior_noise(self, a_t, t, schedule=EXACT_SCHEDULE):
         """E[ε | a_t] (n, d): for each mode p(a_0 | a_t) is a Gaussian truncated to the box, its mean in closed form."""
