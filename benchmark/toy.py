@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sdac = importlib.import_module("sdac_continuous_action")
 
-T, M, BATCH, STEPS, SEEDS = sdac.Args.denoising_steps, sdac.Args.num_reverse_samples, 128, 800, (1, 2, 3)
+T, M, BATCH, STEPS, SEEDS = sdac.Args.denoising_steps, sdac.Args.num_reverse_samples, 128, 700, (1, 2, 3)
 COLORS = {"truncate": "C0", "sobol": "C2", "clip": "C3", "mirror-descent": "C1", "denoising": "0.3"}
 DIMENSIONS = [1, 2, 6, 8, 17]
 SAMPLES, TEST_POINTS = 4000, 500
@@ -424,7 +424,7 @@ def draw_errors(runs, limits, rows, sampler, path):
     curves(axes[0, 0], lambda run: range(T), lambda run: run["score_errors"], two)
     axes[0, 0].set(title="two modes, d = 2", xlabel="t", ylabel="score error", yscale="log")
     curves(axes[0, 1], lambda run: run["dim"], lambda run: run["score_error"], modes, marker="o")
-    axes[0, 1].set(title="two modes", xlabel="action dimension", ylabel="score error", yscale="log")
+    axes[0, 1].set(title="two modes", xlabel="action dimension", xticks=DIMENSIONS, ylabel="score error", yscale="log")
     points = {  # the mean over seeds of the seconds, so that curves of several seeds can be averaged
         method: np.mean([[s for s, _ in run["curve"]] for run in runs if run["method"] == method and six(run)], 0)
         for method in COLORS
@@ -442,11 +442,15 @@ def draw_errors(runs, limits, rows, sampler, path):
     dims = [limit["dim"] for limit in chosen]
     axes[1, 1].plot(dims, [limit["exact"]["distance"] for limit in chosen], "k--", label="exact")
     axes[1, 1].plot(dims, [limit["distance_floor"] for limit in chosen], "k:", label="floor")
-    axes[1, 1].set(title="two modes", xlabel="action dimension", ylabel="distance to true samples", yscale="log")
+    axes[1, 1].set(
+        title="two modes", xlabel="action dimension", xticks=DIMENSIONS, ylabel="distance to true samples", yscale="log"
+    )
     curves(axes[1, 2], lambda run: run["dim"], lambda run: run["first_mode"], modes, marker="o")
     axes[1, 2].plot(dims, [limit["exact"]["first_mode"] for limit in chosen], "k--")
     axes[1, 2].plot(dims, [limit["first_mode"] for limit in chosen], "k:")
-    axes[1, 2].set(title="two modes", xlabel="action dimension", ylabel="share of samples at the first mode")
+    axes[1, 2].set(
+        title="two modes", xlabel="action dimension", xticks=DIMENSIONS, ylabel="share of samples at the first mode"
+    )
     axes[1, 1].legend(fontsize="small")
     for i, dim in enumerate((1, 2, 6, 17)):
         chosen = [row for row in rows if row["target"] == "two modes" and row["dim"] == dim]
