@@ -3,7 +3,7 @@
     python benchmark/run.py benchmark/variants.toml                # as many at a time as there are cores
     ray start --head && python benchmark/run.py benchmark/variants.toml --ray-address auto --gpus-per-run 0.25
 
-A grid is a TOML file: flags for all runs, tasks, seeds, and named settings with flags of their own; see variants.toml.
+A grid is a TOML file: seeds, flags for all runs, tasks and named settings with flags of their own; see variants.toml.
 Results go to benchmark/results/<grid>/ as benchmark/record.py writes them (draw them with benchmark/plot.py), logs and
 run folders to benchmark/work/<grid>/. Run the same command again after an interruption: runs with results are left
 out, the others go on from their checkpoints. Ctrl-C lets every run write a checkpoint first.
@@ -80,10 +80,10 @@ def read_grid(path):
     grid = tomllib.loads(Path(path).read_text())
     runs = []
     for seed in grid["seeds"]:  # seeds outermost, so that an unfinished grid has whole comparisons
-        for task in grid["tasks"]:
+        for task, task_flags in grid["tasks"].items():
             for name, setting in grid["settings"].items():
-                script, *flags = shlex.split(setting)
-                runs.append(Run(Path(path).stem, task, name, seed, script, shlex.split(grid["flags"]) + flags))
+                script, *flags = shlex.split(f"{setting} {grid['flags']} {task_flags}")
+                runs.append(Run(Path(path).stem, task, name, seed, script, flags))
     return runs
 
 
@@ -182,7 +182,7 @@ def main():
     options = parser.parse_args()
     try:
         runs = read_grid(options.grid)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
         parser.error(f"{options.grid} is not a grid ({type(error).__name__}: {error}); see benchmark/variants.toml")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -18,10 +18,11 @@ import pytest
 from conftest import ROOT, SCRIPTS, small_flags
 
 GRID = """
-flags = "--no-cuda --num-envs 2 --learning-starts 20 --batch-size 16 --eval-episodes 1 --total-timesteps {steps}
+flags = "--no-cuda --num-envs 2 --batch-size 16 --eval-episodes 1 --total-timesteps {steps}
 --eval-frequency 100 --no-compile"
-tasks = ["InvertedPendulum-v4"]
 seeds = [1, 2]
+[tasks]
+"InvertedPendulum-v4" = "--learning-starts 20"
 [settings]
 sdac = "sdac {sdac}"
 sac = "sac"
