@@ -79,40 +79,35 @@ def interquartile_mean(*samples):
 
 
 def draw(tasks, path):
+    """The picture of a folder; the aggregate only of tasks on which every name has several seeds, if there are two."""
     names = list(dict.fromkeys(name for runs in tasks.values() for name in runs))
     color = {name: f"C{i}" for i, name in enumerate(names)}
-    figure, axes = plt.subplots(
-        2, len(tasks) + 1, figsize=(4.6 * (len(tasks) + 1), 7), squeeze=False, layout="constrained"
-    )
+    complete = lambda runs: len(runs) == len(names) and all(len(run.returns) > 1 for run in runs.values())  # noqa: E731
+    shared = [task for task, runs in tasks.items() if task in PUBLISHED and complete(runs)]
+    columns = len(tasks) + (len(shared) > 1)
+    figure, axes = plt.subplots(2, columns, figsize=(4.6 * columns, 7), squeeze=False, layout="constrained")
     for (above, below), (task, runs) in zip(axes.T, tasks.items(), strict=False):
         for name, run in runs.items():
-            mean = run.returns.mean(0)
+            mean, seeds = run.returns.mean(0), len(run.returns)
             bands = np.array([interval((values,), np.mean) for values in run.returns.T])
-            minutes = run.seconds.mean(0) / 60
-            for axis, x in ((above, run.steps), (below, minutes)):
-                axis.plot(x, mean, color=color[name], label=f"{name} ({len(run.returns)} seeds)")
+            for axis, x in ((above, run.steps), (below, run.seconds.mean(0) / 60)):
+                axis.plot(x, mean, color=color[name], label=f"{name} ({seeds} seed{'s' * (seeds > 1)})")
                 axis.fill_between(x, *bands.T, color=color[name], alpha=0.2, linewidth=0)
         for axis in (above, below):
-            axis.axhline(
-                next(iter(runs.values())).random, color="0.5", linewidth=1, linestyle=":", label="random actions"
-            )
+            axis.axhline(run.random, color="0.5", linewidth=1, linestyle=":", label="random actions")
         above.set(title=task, xlabel="environment steps", ylabel="evaluation return")
         below.set(xlabel="minutes", ylabel="evaluation return")
         above.legend(fontsize="small")
-    for y, name in enumerate(reversed(names)):
-        scores = [normalised(task, runs[name]) for task, runs in tasks.items() if name in runs and task in PUBLISHED]
-        if scores:
+    if len(shared) > 1:
+        above, below = axes[:, -1]
+        for y, name in enumerate(reversed(names)):
+            scores = [normalised(task, tasks[task][name]) for task in shared]
             value, (low, high) = interquartile_mean(*scores), interval(scores, interquartile_mean)
-            axes[0, -1].plot([low, high], [y, y], color=color[name], linewidth=8, alpha=0.35, solid_capstyle="butt")
-            axes[0, -1].plot(value, y, "|", color=color[name], markersize=18, markeredgewidth=3)
-    axes[0, -1].set(
-        title="all tasks",
-        xlim=(0, None) if axes[0, -1].get_xlim()[0] > 0 else None,
-        yticks=range(len(names)),
-        yticklabels=reversed(names),
-    )
-    axes[0, -1].set_xlabel("interquartile mean of normalised final scores")
-    axes[1, -1].axis("off")
+            above.plot([low, high], [y, y], color=color[name], linewidth=8, alpha=0.35, solid_capstyle="butt")
+            above.plot(value, y, "|", color=color[name], markersize=18, markeredgewidth=3)
+        above.set(title=f"{len(shared)} tasks", yticks=range(len(names)), yticklabels=reversed(names))
+        above.set_xlabel("interquartile mean of normalised final scores")
+        below.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
