@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sdac = importlib.import_module("sdac_continuous_action")
 
-T, M, BATCH, STEPS, SEEDS = sdac.Args.denoising_steps, sdac.Args.num_reverse_samples, 128, 700, (1, 2, 3)
+T, M, BATCH, STEPS, LONG, SEEDS = sdac.Args.denoising_steps, sdac.Args.num_reverse_samples, 128, 700, 3500, (1, 2, 3)
 COLORS = {"truncate": "C0", "sobol": "C2", "clip": "C3", "mirror-descent": "C1", "denoising": "0.3"}
 DIMENSIONS = [1, 2, 6, 8, 17]
 SAMPLES, TEST_POINTS = 4000, 500
@@ -233,9 +233,9 @@ def train(name, dim, method, num_samples, seed, steps=STEPS):
             seconds += time.process_time() - start
             curve.append((seconds, relative(score_errors(denoiser, name, dim).mean(0))))
             start = time.process_time()
-    result = {"target": name, "dim": dim, "method": method, "M": num_samples, "seed": seed, "curve": curve}
+    result = {"target": name, "dim": dim, "method": method, "M": num_samples, "seed": seed, "steps": steps}
     samples = policy_samples(denoiser, SAMPLES, generator)
-    return result | measure(denoiser, samples, name, dim), samples, denoiser
+    return result | measure(denoiser, samples, name, dim) | {"curve": curve}, samples, denoiser
 
 
 def measure(denoiser, samples, name, dim):
@@ -359,7 +359,7 @@ def subplots(*shape, **options):
 def draw_densities(samples, runs, path):
     """2-D histograms of samples: truth, the sampler with the true score, and the trained policies of the first seed."""
     names = list(dict.fromkeys(name for name, _ in samples))
-    columns = ["truth", "exact", *COLORS]
+    columns = ["truth", "exact", *(method for method in COLORS if method != "sobol")]
     figure, axes = subplots(len(names), len(columns), figsize=(2.1 * len(columns), 2.35 * len(names)))
     for row, name in zip(axes, names, strict=True):
         highest = None
@@ -418,9 +418,9 @@ def draw_errors(runs, limits, rows, sampler, path):
             axis.plot(xs, mean, color=color, label=method, **style)
             axis.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
 
-    two = lambda run: run["target"] == "two modes" and run["dim"] == 2  # noqa: E731
+    two = lambda run: run["target"] == "two modes" and run["steps"] == LONG  # noqa: E731
     six = lambda run: run["target"] == "two modes" and run["dim"] == 6  # noqa: E731
-    modes = lambda run: run["target"] == "two modes" and run["M"] == M  # noqa: E731
+    modes = lambda run: run["target"] == "two modes" and run["M"] == M and run["steps"] == STEPS  # noqa: E731
     curves(axes[0, 0], lambda run: range(T), lambda run: run["score_errors"], two)
     axes[0, 0].set(title="two modes, d = 2", xlabel="t", ylabel="score error", yscale="log")
     curves(axes[0, 1], lambda run: run["dim"], lambda run: run["score_error"], modes, marker="o")
@@ -479,7 +479,7 @@ def draw_variance(rows, path):
             for kind in chosen[0]["error"]:
                 axis.plot([row["t"] for row in chosen], [row["error"][kind] for row in chosen], label=kind)
             samples = [row["effective_samples"] for row in chosen]
-            axis.set(title=f"{name}, d = {dim} (effective samples ≥ {min(samples):.1f} of {M})")
+            axis.set_title(f"{name}, d = {dim} (effective samples ≥ {min(samples):.1f} of {M})", fontsize="medium")
             axis.set(yscale="log", xlabel="t", ylabel="relative error of Σ w ε")
     axes[0, 0].legend(fontsize="x-small")
     figure.savefig(path, dpi=100)
@@ -500,8 +500,11 @@ def set_up():
 def main():
     start, results = time.time(), ROOT / "benchmark" / "results" / "toy"
     results.mkdir(parents=True, exist_ok=True)
-    energies = [(name, dim) for name in ("Gaussian", "two modes") for dim in DIMENSIONS] + [("ring", 2)]
+    energies = [(name, dim) for name in ("Gaussian", "two modes") for dim in DIMENSIONS]
     jobs = [("train", *energy, method, M, seed) for energy in energies for method in COLORS for seed in SEEDS]
+    energies.append(("ring", 2))
+    pictured = [(name, method) for name in ("Gaussian", "two modes", "ring") for method in COLORS if method != "sobol"]
+    jobs += [("train", name, 2, method, M, seed, LONG) for name, method in pictured for seed in SEEDS]
     for num_samples in (4, 16, 256):
         jobs += [
             ("train", "two modes", 6, x, num_samples, seed) for x in ("truncate", "sobol", "clip") for seed in SEEDS
@@ -509,7 +512,7 @@ def main():
     jobs += [("floors", *energy) for energy in energies]
     jobs += [("variance", name, dim) for name in ("Gaussian", "two modes", "broad") for dim in (1, 2, 6, 17)]
     jobs += [("sampler", steps) for steps in (5, 10, 20, 50, 100)]
-    jobs.sort(key=lambda job: -job[-1 if job[0] == "sampler" else 2])  # the longest first
+    jobs.sort(key=lambda job: (-len(job), -job[min(2, len(job) - 1)]))  # the longest first
     runs, limits, rows, sampler, samples, distances, denoisers = [], [], [], [], {}, {}, {}
     with multiprocessing.get_context("spawn").Pool(initializer=set_up) as pool:
         for kind, result in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), disable=None):
@@ -521,7 +524,7 @@ def main():
                 continue
             facts, drawn = result[:2]
             (runs if kind == "train" else limits).append(facts)
-            if facts["dim"] == 2 and facts.get("seed", 1) == 1:
+            if facts["dim"] == 2 and facts.get("seed", 1) == 1 and facts.get("steps", LONG) == LONG:
                 key = facts["target"], facts.get("method", "exact")
                 samples[key], distances[key] = drawn, facts.get("exact", facts)["distance"]
                 if key in (("two modes", "truncate"), ("two modes", "clip")):
@@ -533,9 +536,9 @@ def main():
     draw_scores(dict(sorted(denoisers.items(), reverse=True)), results / "scores.png")
     draw_errors(runs, limits, rows, sampler, results / "errors.png")
     draw_variance(rows, results / "variance.png")
-    order = lambda facts: [str(facts.get(name)) for name in ("target", "dim", "method", "M", "seed", "t")]  # noqa: E731
+    order = lambda facts: [str(facts.get(name)) for name in ("target", "dim", "method", "M", "seed", "steps", "t")]  # noqa: E731
     facts = {"machine": {"cpu": cpu_name(), "cores": os.cpu_count()}, "versions": versions()}
-    facts |= {"seconds": time.time() - start, "steps": STEPS, "batch": BATCH, "M": M, "T": T, "seeds": SEEDS}
+    facts |= {"seconds": time.time() - start, "batch": BATCH, "M": M, "T": T, "seeds": SEEDS}
     tables = {"limits": limits, "sampler": sampler, "training": runs, "variance": rows}
     lines = [f'"{name}": {json.dumps(value)}' for name, value in facts.items()]
     for name, table in tables.items():
@@ -546,7 +549,7 @@ def main():
 
 
 def print_table(runs, limits):
-    """The README's table: mean over seeds, at the default M."""
+    """The README's table: mean over seeds, at the default M; in two dimensions after LONG steps."""
     print("| energy, d | quantity | floor | exact | " + " | ".join(COLORS) + " |\n" + "|---" * (4 + len(COLORS)) + "|")
     for limit in sorted(limits, key=lambda limit: (limit["target"], limit["dim"])):
         key = limit["target"], limit["dim"]
@@ -555,8 +558,9 @@ def print_table(runs, limits):
                 continue
             cells = [limit.get({"distance": "distance_floor"}.get(quantity, quantity)), limit["exact"].get(quantity)]
             for method in COLORS:
-                chosen = [r for r in runs if (r["target"], r["dim"], r["method"], r["M"]) == (*key, method, M)]
-                cells.append(np.mean([run[quantity] for run in chosen]))
+                wanted = (*key, method, M, LONG if key[1] == 2 else STEPS)
+                chosen = [r for r in runs if tuple(r[k] for k in ("target", "dim", "method", "M", "steps")) == wanted]
+                cells.append(np.mean([run[quantity] for run in chosen]) if chosen else None)
             numbers = " | ".join("" if cell is None else f"{cell:.3f}" for cell in cells)
             print(f"| {key[0]}, {key[1]} | {quantity.replace('_', ' ')} | {numbers} |")
 
