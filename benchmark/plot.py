@@ -119,7 +119,7 @@ def normalised(task, run):
 
 def table(tasks):
     """Markdown: one line for each name and task."""
-    lines = ["| task | runs | seeds | environment steps | updates | final | best | minutes | published: SDAC, SAC |"]
+    lines = ["| task | runs | seeds | environment steps | updates | final | best | minutes | published at 1M steps: SDAC, SAC |"]
     lines += ["|---" * 9 + "|"]
     for task, runs in tasks.items():
         for name, run in runs.items():
