@@ -21,9 +21,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Best evaluation at one million steps, as reported elsewhere for SDAC, the SAC of one update per environment step, and
-# the score that counts as 1 in the aggregate. Sources: FlowRL's survey (arXiv 2603.27450), the SDAC authors' logs, and
-# the tasks' documentation for those with a natural maximum.
+# Best evaluations at one million steps in reports of other groups, the SDAC authors' logs among them, some on -v3 or -v5
+# of the task: of SDAC, of SAC with one update per environment step; and the score that counts as 1 in the aggregate.
 PUBLISHED = {
     "HalfCheetah-v4": ("11.2k to 12.5k", "10.3k to 11.1k", 12_500),
     "Ant-v4": ("1.4k to 5.6k", "5.0k to 5.4k", 5_600),
@@ -119,7 +118,9 @@ def normalised(task, run):
 
 def table(tasks):
     """Markdown: one line for each name and task."""
-    lines = ["| task | runs | seeds | environment steps | updates | final | best | minutes | published at 1M steps: SDAC, SAC |"]
+    lines = [
+        "| task | runs | seeds | environment steps | updates | final | best | minutes | published at 1M steps: SDAC, SAC |"
+    ]
     lines += ["|---" * 9 + "|"]
     for task, runs in tasks.items():
         for name, run in runs.items():
