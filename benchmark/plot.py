@@ -21,8 +21,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Best evaluations at one million steps in reports of other groups, the SDAC authors' logs among them, some on -v3 or -v5
-# of the task: of SDAC, of SAC with one update per environment step; and the score that counts as 1 in the aggregate.
+# Best evaluations at one million steps in reports of other groups, the SDAC authors' logs among them, some on -v3 or
+# -v5 of the task: of SDAC, of SAC with one update per environment step; and the score that counts as 1 in the aggregate.
 PUBLISHED = {
     "HalfCheetah-v4": ("11.2k to 12.5k", "10.3k to 11.1k", 12_500),
     "Ant-v4": ("1.4k to 5.6k", "5.0k to 5.4k", 5_600),
@@ -118,9 +118,8 @@ def normalised(task, run):
 
 def table(tasks):
     """Markdown: one line for each name and task."""
-    lines = [
-        "| task | runs | seeds | environment steps | updates | final | best | minutes | published at 1M steps: SDAC, SAC |"
-    ]
+    header = "task, runs, seeds, environment steps, updates, final, best, minutes, elsewhere at 1M steps: SDAC; SAC"
+    lines = [f"| {' | '.join(header.split(', '))} |"]
     lines += ["|---" * 9 + "|"]
     for task, runs in tasks.items():
         for name, run in runs.items():
@@ -129,7 +128,7 @@ def table(tasks):
             cells += [f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" if len(x) > 1 else f"{x[0]:.1f}" for x in (final, best)]
             cells += [
                 f"{run.seconds[:, -1].mean() / 60:.1f}",
-                ", ".join(filter(None, PUBLISHED.get(task, ("", ""))[:2])),
+                "; ".join(filter(None, PUBLISHED.get(task, ("", ""))[:2])),
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
