@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Best evaluations at one million steps in reports of other groups, the SDAC authors' logs among them, some on -v3 or
-# -v5 of the task: of SDAC, of SAC with one update per environment step; and the score that counts as 1 in the aggregate.
+# -v5 of the task: of SDAC, of SAC with one update per environment step; then the score that is 1 in the aggregate.
 PUBLISHED = {
     "HalfCheetah-v4": ("11.2k to 12.5k", "10.3k to 11.1k", 12_500),
     "Ant-v4": ("1.4k to 5.6k", "5.0k to 5.4k", 5_600),
