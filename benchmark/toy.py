@@ -479,7 +479,7 @@ def draw_variance(rows, path):
             for kind in chosen[0]["error"]:
                 axis.plot([row["t"] for row in chosen], [row["error"][kind] for row in chosen], label=kind)
             samples = [row["effective_samples"] for row in chosen]
-            axis.set_title(f"{name}, d = {dim} (effective samples ≥ {min(samples):.1f} of {M})", fontsize="medium")
+            axis.set_title(f"{name}, d = {dim}; effective samples ≥ {min(samples):.1f}", fontsize="medium")
             axis.set(yscale="log", xlabel="t", ylabel="relative error of Σ w ε")
     axes[0, 0].legend(fontsize="x-small")
     figure.savefig(path, dpi=100)
