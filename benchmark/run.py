@@ -5,12 +5,12 @@
 
 A grid is a TOML file: seeds, flags for all runs, tasks and named settings with flags of their own; see variants.toml.
 Results go to benchmark/results/<grid>/ as benchmark/record.py writes them (draw them with benchmark/plot.py), logs and
-run folders to benchmark/work/<grid>/. Run the same command again after an interruption: runs with results are left
-out, the others go on from their checkpoints. Ctrl-C lets every run write a checkpoint first.
+run folders to benchmark/runs/<grid>/. Run the same command again after an interruption: runs with results are left
+out, the others go on from their checkpoints. Ctrl-C lets every run on this machine write a checkpoint first.
 
 On a Ray cluster each run is a task with the given share of a GPU, retried when its worker is lost. It needs this
 repository at the same path and its requirements on every machine; a retry goes on from the checkpoint if
-benchmark/work is a shared folder, and starts again if not. Results are written where this command runs."""
+benchmark/runs is a shared folder, and starts again if not. Results are written where this command runs."""
 
 import argparse
 import ctypes
@@ -42,7 +42,7 @@ class Run:
         self.key = f"{self.task}__{self.name}__{self.seed}"
 
     def folder(self):
-        return ROOT / "benchmark" / "work" / self.grid / self.key
+        return ROOT / "benchmark" / "runs" / self.grid / self.key
 
     def results(self):
         return list((ROOT / "benchmark" / "results" / self.grid).glob(f"{self.key}__*.json"))
@@ -180,6 +180,8 @@ def main():
     parser.add_argument("--cpus-per-run", type=int, default=1, help="with Ray")
     parser.add_argument("--gpus-per-run", type=float, default=0, help="with Ray")
     options = parser.parse_args()
+    if options.jobs < 1 or options.cpus_per_run < 1:
+        parser.error("--jobs and --cpus-per-run must be at least 1")
     try:
         runs = read_grid(options.grid)
     except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
@@ -193,7 +195,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
     if failed:
-        sys.exit(f"failed: {', '.join(sorted(failed))}; see log.txt in benchmark/work/{runs[0].grid}/<run>")
+        sys.exit(f"failed: {', '.join(sorted(failed))}; see log.txt in benchmark/runs/{runs[0].grid}/<run>")
 
 
 if __name__ == "__main__":
