@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -167,3 +168,11 @@ def small_flags(script):
     """Command line of a small run, without the task and the number of steps."""
     small = {"num_envs": 2, "batch_size": 16, "eval_episodes": 2, **SMALL[script]}
     return ["--no-compile"] + [t for name, value in small.items() for t in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def wait_for(condition, seconds=180):
+    """Waits until condition() is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.01)

@@ -9,13 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, small_flags
+from conftest import ROOT, SCRIPTS, small_flags, wait_for
 
 GRID = """
 flags = "--no-cuda --num-envs 2 --batch-size 16 --eval-episodes 1 --total-timesteps {steps}
@@ -49,13 +48,6 @@ def start(repository, *flags):
     return subprocess.Popen(command, cwd=repository, env=environment, **pipes)
 
 
-def wait_for(condition, seconds=180):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "nothing happened in time"
-        time.sleep(0.05)
-
-
 def kept(repository):
     """Every run of the grid is kept exactly once, with the evaluations of an uninterrupted run."""
     results = sorted((repository / "benchmark/results/grid").glob("*.json"))
@@ -71,7 +63,7 @@ def kept(repository):
 
 def test_an_interrupted_grid_goes_on(repository):
     """Ended by SIGTERM in the middle of its runs, and started again: finished runs are kept, the others resumed."""
-    work = repository / "benchmark/work/grid"
+    work = repository / "benchmark/runs/grid"
     process = start(repository, "--jobs", "2")
     wait_for(lambda: len(list(work.glob("*/runs/*/checkpoint.pt"))) >= 2)
     process.send_signal(signal.SIGTERM)
@@ -96,7 +88,7 @@ def test_a_failing_run_is_named_and_the_others_end(repository):
     process = start(repository, "--jobs", "3")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "failed: InvertedPendulum-v4__wrong__1; see log.txt" in output
-    assert "--gamma is 2.0" in (repository / "benchmark/work/grid/InvertedPendulum-v4__wrong__1/log.txt").read_text()
+    assert "--gamma is 2.0" in (repository / "benchmark/runs/grid/InvertedPendulum-v4__wrong__1/log.txt").read_text()
     assert len(list((repository / "benchmark/results/grid").glob("*.json"))) == 2
 
 
@@ -112,7 +104,7 @@ def test_a_lost_ray_worker(repository):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         process = start(repository, "--ray-address", ray.get_runtime_context().gcs_address)
-        work = repository / "benchmark/work/grid"
+        work = repository / "benchmark/runs/grid"
 
         def training():
             """(process, parent) of the scripts that run in the copy; the parents are the workers."""

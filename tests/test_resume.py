@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command_line, small_flags, start_process
+from conftest import ROOT, command_line, small_flags, start_process, wait_for
 
 # Checkpoints at 0, 60 (before learning starts), 120 (the buffer has wrapped), 180 and 240
 RUN = "--no-cuda --env-id Hopper-v4 --learning-starts 70 --buffer-size 110 --total-timesteps 240 --eval-frequency 80"
@@ -268,14 +268,6 @@ def test_ended_while_it_writes(main, script, reference, tmp_path, numbers):
     main("--resume", run_dir)
     assert (run_dir / "metrics.csv").read_bytes() == reference.metrics
     the_run()
-
-
-def wait_for(condition, seconds=120):
-    """Waits until condition() is true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_interrupted_process(main, script, tmp_path):

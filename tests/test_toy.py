@@ -95,7 +95,7 @@ def test_the_default_proposal_learns_the_score_of_a_gaussian_and_clip_does_not(t
 
 
 def test_training_reaches_the_score_that_true_samples_give_and_clip_does_not():
-    """Both networks see the same number of noised actions; denoising true samples is the ceiling of any method."""
+    """All networks see the same number of noised actions; denoising has true samples of exp(Q/λ)."""
     error = {
         method: toy.train("Gaussian", 1, method, 64, 1, steps=300)[0]["score_error"]
         for method in ("denoising", DEFAULT, "clip")
