@@ -10,7 +10,7 @@ What is compared:
     truncate, clip  the two --reverse-proposal, with independent reverse samples
     sobol           truncate with Sobol points in place of independent ones (see uniforms)
     mirror-descent  --weighting mirror-descent, from the policy's own samples
-    denoising       denoising score matching on true samples of exp(Q/λ), which no learner has: the ceiling
+    denoising       denoising score matching on true samples of exp(Q/λ), which no reinforcement learner has
     exact           no learning, the true posterior mean of the noise: what the sampler's T steps alone do wrong
 
 Errors. Score error: for each noise level t, sqrt(E‖ε_θ - ε*‖² / E‖ε*‖²) over true noised actions, ε* = E[ε | a_t] being
@@ -43,10 +43,8 @@ T, M, BATCH, STEPS, LONG, SEEDS = sdac.Args.denoising_steps, sdac.Args.num_rever
 COLORS = {"truncate": "C0", "sobol": "C2", "clip": "C3", "mirror-descent": "C1", "denoising": "0.3"}
 DIMENSIONS = [1, 2, 6, 8, 17]
 SAMPLES, TEST_POINTS = 4000, 500
-SCHEDULE, EXACT_SCHEDULE = (
-    sdac.NoiseSchedule(T, sdac.Args.beta_scale),
-    sdac.NoiseSchedule(T, sdac.Args.beta_scale, dtype=torch.float64),
-)
+SCHEDULE = sdac.NoiseSchedule(T, sdac.Args.beta_scale)
+EXACT_SCHEDULE = sdac.NoiseSchedule(T, sdac.Args.beta_scale, dtype=torch.float64)
 
 
 def normal_interval(low, high):
@@ -250,7 +248,7 @@ def measure(denoiser, samples, name, dim):
 
 
 def floors(name, dim):
-    """What no method can beat: two sets of true samples, and the true score in the sampler. Returns its samples too."""
+    """What to compare with: two sets of true samples, and the true score in the sampler. Returns its samples too."""
     generator, true = torch.Generator().manual_seed(99), test_set(name, dim)[1]
     target = make_target(name, dim)
     sets = [target.sample(SAMPLES, generator) for _ in range(10)]
