@@ -1,12 +1,14 @@
 """Run a grid of experiments, each as a process of a plain script, here or on a Ray cluster, and keep the results.
 
-    python benchmark/run.py benchmark/variants.toml                # as many at a time as there are cores
-    ray start --head && python benchmark/run.py benchmark/variants.toml --ray-address auto --gpus-per-run 0.25
+    python benchmark/run.py benchmark/cpu.toml                # as many at a time as there are cores
+    python benchmark/run.py benchmark/cpu.toml --only "Hopper-v4__sdac__*" --into mine     # again, some of them
+    ray start --head && python benchmark/run.py benchmark/mujoco.toml --ray-address auto --gpus-per-run 0.25
 
-A grid is a TOML file: seeds, flags for all runs, tasks and named settings with flags of their own; see variants.toml.
-Results go to benchmark/results/<grid>/ as benchmark/record.py writes them (draw them with benchmark/plot.py), logs and
-run folders to benchmark/runs/<grid>/. Run the same command again after an interruption: runs with results are left
-out, the others go on from their checkpoints. Ctrl-C lets every run on this machine write a checkpoint first.
+A grid is a TOML file: seeds, flags for all runs, tasks and named settings with flags of their own; see cpu.toml.
+A run's name is <task>__<setting>__<seed>. Results go to benchmark/results/<grid>/, or to the folder named with --into,
+as benchmark/record.py writes them (draw them with benchmark/plot.py); logs and run folders go to benchmark/runs/. Run
+the same command again after an interruption: runs with results are left out, the others go on from their checkpoints.
+Ctrl-C lets every run on this machine write a checkpoint first.
 
 On a Ray cluster each run is a task with the given share of a GPU, retried when its worker is lost. It needs this
 repository at the same path and its requirements on every machine; a retry goes on from the checkpoint if
@@ -24,6 +26,7 @@ import time
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,14 +79,14 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def read_grid(path):
+def read_grid(path, into=None):
     grid = tomllib.loads(Path(path).read_text())
     runs = []
     for seed in grid["seeds"]:  # seeds outermost, so that an unfinished grid has whole comparisons
         for task, task_flags in grid["tasks"].items():
             for name, setting in grid["settings"].items():
                 script, *flags = shlex.split(f"{setting} {grid['flags']} {task_flags}")
-                runs.append(Run(Path(path).stem, task, name, seed, script, flags))
+                runs.append(Run(into or Path(path).stem, task, name, seed, script, flags))
     return runs
 
 
@@ -175,6 +178,8 @@ def run_on_ray(runs, address, cpus, gpus):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", help="a TOML file")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help='of the names of runs, for example "Hopper*__1"')
+    parser.add_argument("--into", metavar="NAME", help="folder of the results, instead of the grid's name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time on this machine")
     parser.add_argument("--ray-address", help="of a running Ray cluster, for example auto")
     parser.add_argument("--cpus-per-run", type=int, default=1, help="with Ray")
@@ -183,9 +188,11 @@ def main():
     if options.jobs < 1 or options.cpus_per_run < 1:
         parser.error("--jobs and --cpus-per-run must be at least 1")
     try:
-        runs = read_grid(options.grid)
+        runs = [run for run in read_grid(options.grid, options.into) if fnmatch(run.key, options.only)]
     except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
-        parser.error(f"{options.grid} is not a grid ({type(error).__name__}: {error}); see benchmark/variants.toml")
+        parser.error(f"{options.grid} is not a grid ({type(error).__name__}: {error}); see benchmark/cpu.toml")
+    if not runs:
+        parser.error(f"{options.grid} has no run named {options.only}; names are like Hopper-v4__sdac__1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if options.ray_address:

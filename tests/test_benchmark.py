@@ -48,11 +48,11 @@ def start(repository, *flags):
     return subprocess.Popen(command, cwd=repository, env=environment, **pipes)
 
 
-def kept(repository):
+def kept(repository, seeds=(1, 2), into="grid"):
     """Every run of the grid is kept exactly once, with the evaluations of an uninterrupted run."""
-    results = sorted((repository / "benchmark/results/grid").glob("*.json"))
+    results = sorted((repository / "benchmark/results" / into).glob("*.json"))
     keys = sorted(path.name.rsplit("__", 1)[0] for path in results)
-    assert keys == [f"InvertedPendulum-v4__{name}__{seed}" for name in ("sac", "sdac") for seed in (1, 2)]
+    assert keys == [f"InvertedPendulum-v4__{name}__{seed}" for name in ("sac", "sdac") for seed in seeds]
     for path in results:
         args = json.loads(path.read_text())["args"]
         assert path.name.startswith(f"{args['env_id']}__{args['exp_name']}__{args['seed']}__")
@@ -80,6 +80,11 @@ def test_an_interrupted_grid_goes_on(repository):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "4 finished  0 running" in output
     assert {path.stem: path.stat().st_mtime_ns for path in kept(repository)} == before
+    process = start(repository, "--only", "*__2", "--into", "again")  # runs with results, made anew elsewhere
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    kept(repository, [2], "again")
+    assert {path.stem: path.stat().st_mtime_ns for path in kept(repository)} == before
 
 
 def test_a_failing_run_is_named_and_the_others_end(repository):
@@ -96,6 +101,11 @@ def test_a_file_that_is_no_grid_is_refused(repository):
     (repository / "grid.toml").write_text("tasks = 3")
     output, _ = (process := start(repository)).communicate(timeout=60)
     assert process.returncode == 2 and "grid.toml is not a grid (KeyError: 'seeds')" in output
+
+
+def test_a_selection_without_runs_is_refused(repository):
+    output, _ = (process := start(repository, "--only", "Hopper*")).communicate(timeout=60)
+    assert process.returncode == 2 and "no run named Hopper*" in output
 
 
 @pytest.mark.parametrize("name", [path.name for path in (ROOT / "benchmark").glob("*.toml")])
