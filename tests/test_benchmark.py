@@ -108,20 +108,32 @@ def test_a_selection_without_runs_is_refused(repository):
     assert process.returncode == 2 and "no run named Hopper*" in output
 
 
-@pytest.mark.parametrize("name", [path.name for path in (ROOT / "benchmark").glob("*.toml")])
-def test_the_grids_are_accepted_by_the_scripts(name, monkeypatch):
-    """Every run's flags are valid, and on each task all settings have equal budgets of environment steps."""
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "benchmark").glob("*.toml")])
+def test_grids_and_results_agree(name, monkeypatch):
+    """The scripts accept every run's flags; on each task all settings have equal budgets of environment steps; results
+    of a grid were made with the grid's arguments."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
-    runs = importlib.import_module("run").read_grid(ROOT / "benchmark" / name)
-    assert len({run.key for run in runs}) == len(runs)
-    budgets = {}
+    runs = importlib.import_module("run").read_grid(ROOT / "benchmark" / f"{name}.toml")
+    budgets, arguments = {}, {}
     for run in runs:
-        if run.seed == 1:
-            script = importlib.import_module(f"{run.script}_continuous_action")
-            args, _ = script.parse(["--env-id", run.task, *run.flags])
-            script.validate(args)
-            budgets.setdefault(run.task, set()).add((args.total_timesteps, args.learning_starts, args.eval_frequency))
+        script = importlib.import_module(f"{run.script}_continuous_action")
+        flags = ["--env-id", run.task, "--seed", str(run.seed), "--exp-name", run.name, *run.flags]
+        args, _ = script.parse(flags)
+        script.validate(args)
+        budgets.setdefault(run.task, set()).add((args.total_timesteps, args.learning_starts, args.eval_frequency))
+        assert run.key not in arguments
+        arguments[run.key] = vars(args)
     assert all(len(budget) == 1 for budget in budgets.values())
+    decided_by_the_machine = {"cuda", "compile", "bfloat16", "cudagraphs"}
+    for path in (ROOT / "benchmark" / "results" / name).glob("*.json"):
+        kept, here = json.loads(path.read_text())["args"], arguments[path.stem.rsplit("__", 1)[0]]
+        different = [key for key in here if kept.get(key, here[key]) != here[key]]
+        assert not set(different) - decided_by_the_machine, path
+
+
+def test_every_folder_of_results_has_its_grid():
+    folders = {path.parent.name for path in (ROOT / "benchmark" / "results").rglob("*-v*__*.json")}
+    assert folders <= {path.stem for path in (ROOT / "benchmark").glob("*.toml")}
 
 
 def test_a_lost_ray_worker(repository):
