@@ -47,6 +47,7 @@ class Runs:
         self.task = self.facts[0]["args"]["env_id"]
         self.returns = np.array([[float(row["episodic_return"]) for row in rows] for rows in columns])
         self.seconds = np.array([[float(row["seconds"]) for row in rows] for rows in columns])
+        self.bands = np.array([interval((values,), np.mean) for values in self.returns.T])
         self.updates = int(columns[0][-1]["updates"])
         self.random = np.mean([facts["random_policy"]["mean"] for facts in self.facts])
 
@@ -93,10 +94,9 @@ def draw(tasks, folder):
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         for axis, (task, runs) in zip(axes.flat, tasks.items(), strict=False):
             for name, run in runs.items():
-                bands = np.array([interval((values,), np.mean) for values in run.returns.T])
                 x = run.steps if picture == "curves" else run.seconds.mean(0) / 60
                 axis.plot(x, run.returns.mean(0), color=color[name], label=name)
-                axis.fill_between(x, *bands.T, color=color[name], alpha=0.2, linewidth=0)
+                axis.fill_between(x, *run.bands.T, color=color[name], alpha=0.2, linewidth=0)
             axis.axhline(run.random, color="0.5", linewidth=1, linestyle=":", label="random actions")
             seeds = sorted({len(run.returns) for run in runs.values()})
             title = f"{task}, {' or '.join(map(str, seeds))} seed{'s'[: seeds != [1]]}"
