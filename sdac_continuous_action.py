@@ -47,6 +47,7 @@ ALGORITHM = "sdac"
 INITIAL_ALPHA = 5.0
 LAMBDA_PER_ALPHA = 1 / 5  # λ = α / 5: 1 at first
 TARGET_ENTROPY_PER_DIMENSION = -0.9
+MIN_NOISE_TO_SIGNAL, MAX_NOISE_TO_SIGNAL = 0.05, 4.0  # √(1-ᾱ)/√ᾱ of the first and last level of --schedule log-snr
 
 
 @dataclass
@@ -86,13 +87,14 @@ class Args:
     alpha_lr: float = 7e-3  # learning rate of log α
     alpha_frequency: int = 250  # updates per step of log α
 
-    denoising_steps: int = 20  # T, steps of the diffusion
+    denoising_steps: int = 10  # T, steps of the diffusion
+    schedule: Literal["log-snr", "linear"] = "log-snr"  # noise levels even in log(signal/noise), or β linear in t
     num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
     num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
     reverse_proposal: Literal["truncate", "clip"] = "truncate"  # how reverse samples are kept in the box
     anchor: Literal["current", "next"] = "current"  # the loss at (s, a_0), or at (s', a') of the critic's target
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
-    beta_scale: float = 0.8  # scale of the noise schedule β
+    temperature: Literal["fixed", "relative"] = "fixed"  # λ = α/5, or α/5 times the spread of Q over the box
     noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
 
 
@@ -101,12 +103,20 @@ class Args:
 
 class NoiseSchedule:
     """Variance-preserving diffusion with T steps (DDPM: Ho et al., 2020). t is an index 0..T-1, or a tensor of
-    indices that broadcasts against the actions."""
+    indices that broadcasts against the actions.
 
-    def __init__(self, num_steps, beta_scale, device=None, dtype=torch.float32):
-        beta = beta_scale * torch.linspace(1e-4, 0.999, num_steps, dtype=torch.float64)
-        alpha_bar = torch.cumprod(1 - beta, 0)
+    "log-snr": noise/signal √(1-ᾱ)/√ᾱ grows by a constant factor from step to step, and sampling starts from N(0, I).
+    "linear": β grows linearly, and sampling starts from 0.5 N(0, I) (the authors' choice)."""
+
+    def __init__(self, num_steps, kind, device=None, dtype=torch.float32):
+        if kind == "linear":
+            beta = 0.8 * torch.linspace(1e-4, 0.999, num_steps, dtype=torch.float64)
+            alpha_bar = torch.cumprod(1 - beta, 0)
+        else:
+            ends = math.log10(MAX_NOISE_TO_SIGNAL), math.log10(MIN_NOISE_TO_SIGNAL)
+            alpha_bar = 1 / (1 + torch.logspace(*ends, num_steps, dtype=torch.float64).flip(0) ** 2)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])  # ᾱ_{t-1}
+        beta = 1 - alpha_bar / previous
         tables = {
             "signal": alpha_bar.sqrt(),
             "noise": (1 - alpha_bar).sqrt(),
@@ -114,7 +124,7 @@ class NoiseSchedule:
             "posterior_at": (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar),
             "posterior_std": (beta * (1 - previous) / (1 - alpha_bar)).sqrt(),
         }
-        self.num_steps = num_steps
+        self.num_steps, self.initial_std = num_steps, 0.5 if kind == "linear" else 1.0
         vars(self).update({name: table.to(device, dtype) for name, table in tables.items()})
 
     def add_noise(self, a_0, eps, t):
@@ -158,11 +168,13 @@ class Denoiser(nn.Module):
         return F.linear(obs, self.input_layer.weight.split(self.sizes, dim=1)[0], self.input_layer.bias)
 
     def embed_time(self, t):
-        """The step's share of the first layer: indices t (...) -> sinusoidal embedding -> MLP -> (..., H)."""
-        half = self.sizes[1] // 2
-        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
+        """The step's share of the first layer: indices t (...) -> sinusoidal embedding -> MLP -> (..., H).
+
+        The embedding is [sin, cos](t · 10000^(-i/8))/4, i = 0..7, for its width 16: a vector of length 1/√2."""
+        width = self.sizes[1]
+        frequencies = 10_000 ** (-2 / width * torch.arange(width // 2, device=t.device))
         angles = (t[..., None] * frequencies).to(self.input_layer.weight.dtype)
-        embedding = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        embedding = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(width))
         return F.linear(embedding, self.input_layer.weight.split(self.sizes, dim=1)[1])
 
     def forward(self, context, a_t):
@@ -235,7 +247,7 @@ def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, e
     randn = partial(torch.randn, generator=generator, device=obs.device, dtype=obs.dtype)
     obs_features = denoiser.embed_obs(obs)[:, None]
     time_features = denoiser.embed_time(torch.arange(schedule.num_steps, device=obs.device))
-    a_t = 0.5 * randn(shape)  # the authors start from half the standard deviation of N(0, I)
+    a_t = schedule.initial_std * randn(shape)
     for t in reversed(range(schedule.num_steps)):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bfloat16):
             eps = denoiser(obs_features + time_features[t], a_t)
@@ -272,16 +284,21 @@ def reverse_samples(schedule, a_t, t, uniform, proposal):
     return eps, schedule.predict_a0(a_t, eps, t).clamp(-1, 1)
 
 
-@torch.no_grad()
-def rsm_target(critics, schedule, obs, a_t, t, temperature, uniform, proposal):
+def rsm_target(eps, q, temperature):
     """Reweighted score matching: the posterior mean E[ε | a_t, s] under π ∝ exp(Q/λ), by self-normalised importance
-    sampling, Σ_i w_i ε_i with w = softmax_i(min_j Q_j(s, â_i) / λ).
+    sampling, Σ_i w_i ε_i with w = softmax_i(Q(s, â_i) / λ).
 
-    obs (B, obs_dim), a_t (B, d), t (B, 1), uniform on [0, 1) (B, M, d) -> target (B, d) and the effective sample size
+    eps (B, M, d) and q = min_j Q_j(s, â) (B, M) of the reverse samples -> target (B, d) and the effective sample size
     1/Σ w_i² (B,)."""
-    eps, a_hat = reverse_samples(schedule, a_t, t, uniform, proposal)
-    weights = torch.softmax(critics(obs, a_hat).amin(0) / temperature, dim=1)
+    weights = torch.softmax(q / temperature, dim=1)
     return (weights[..., None] * eps).sum(1), 1 / weights.square().sum(1)
+
+
+def q_spread(q, t, num_steps):
+    """How much Q varies over the box, on average over states: the standard deviation over reverse samples, q (B, M), of
+    the rows in the upper half of the noise levels t (B, 1), where reverse samples are nearly uniform in the box."""
+    noisy = t[:, 0] >= t.max().clamp(max=num_steps // 2)  # or those with the most noise, if there are none
+    return (q.std(1, correction=0) * noisy).sum() / noisy.sum()
 
 
 def rsm_loss(denoiser, obs, a_t, t, target, weights=1.0):
@@ -347,8 +364,9 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(INITIAL_ALPHA)))
         self.register_buffer("q_mean", torch.tensor(0.0))  # running statistics, for mirror descent only
         self.register_buffer("q_std", torch.tensor(1.0))
+        self.register_buffer("q_spread", torch.tensor(0.0))  # σ_Q, for --temperature relative only; 0 before the first
         self.to(device)
-        self.schedule = NoiseSchedule(args.denoising_steps, args.beta_scale, device)
+        self.schedule = NoiseSchedule(args.denoising_steps, args.schedule, device)
         adam = partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
         self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
         self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr, device=device))
@@ -371,6 +389,17 @@ class Agent(nn.Module):
         """Actions (B, d) in the environment: from the averaged policy, with exploration noise or without."""
         return self.sample(self.ema_policy, obs, generator, self.exploration_std() if explore else None)
 
+    @torch.no_grad()
+    def temperature(self, q, t):
+        """λ = α/5. With "relative" it is in units of σ_Q, a running mean of the spread of Q, so that neither the scale
+        of the rewards nor the progress of the critics matters to the weights; q (B, M) of reverse samples."""
+        temperature = LAMBDA_PER_ALPHA * self.log_alpha.exp()
+        if self.args.temperature == "fixed":
+            return temperature
+        spread = q_spread(q, t, self.args.denoising_steps)
+        self.q_spread.copy_(torch.where(self.q_spread == 0, spread, self.q_spread.lerp(spread, 0.01)))
+        return temperature * self.q_spread.clamp(min=1e-8)
+
     def update_critics(self, batch, generator):
         """Mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus. Returns metrics and a'."""
         obs, actions, rewards, next_obs, terminations = batch
@@ -389,7 +418,7 @@ class Agent(nn.Module):
     def update_policy(self, batch, generator):
         """Denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ). Returns metrics."""
         obs, _, _, next_obs, _, next_actions = batch
-        args, alpha = self.args, self.log_alpha.detach().exp()
+        args = self.args
         t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
         eps = torch.randn(next_actions.shape, generator=generator, device=obs.device)
         if args.weighting == "max-entropy":
@@ -400,20 +429,24 @@ class Agent(nn.Module):
             a_t = self.schedule.add_noise(a_0, eps, t)
             shape = (len(obs), args.num_reverse_samples, self.action_dim)
             uniform = torch.rand(shape, generator=generator, device=obs.device)
-            temperature, proposal = LAMBDA_PER_ALPHA * alpha, args.reverse_proposal
-            target, ess = rsm_target(self.critics, self.schedule, obs, a_t, t, temperature, uniform, proposal)
+            eps, a_hat = reverse_samples(self.schedule, a_t, t, uniform, args.reverse_proposal)
+            with torch.no_grad():
+                q = self.critics(obs, a_hat).amin(0)
+            temperature = self.temperature(q, t)
+            target, ess = rsm_target(eps, q, temperature)
             loss = rsm_loss(self.policy, obs, a_t, t, target)
         else:
             with torch.no_grad():
                 q = self.critics(next_obs, next_actions[:, None]).amin(0)[:, 0]
                 self.q_mean.lerp_(q.mean(), 0.001)
                 self.q_std.lerp_(q.std(), 0.001)
-            weights = mirror_descent_weights(q, self.q_mean, self.q_std, alpha)
+            temperature = self.log_alpha.detach().exp()
+            weights = mirror_descent_weights(q, self.q_mean, self.q_std, temperature)
             ess = weights.sum().square() / weights.square().sum()
             a_t = self.schedule.add_noise(next_actions, eps, t)
             loss = rsm_loss(self.policy, next_obs, a_t, t, eps, weights)
         gradient_step(self.policy_optimizer, loss)
-        return {"rsm_loss": loss.detach(), "effective_sample_size": ess.mean()}
+        return {"rsm_loss": loss.detach(), "effective_sample_size": ess.mean(), "temperature": temperature}
 
     def update_alpha(self):
         """Moves the entropy of the exploration noise, N(0, (noise_scale α)² I), to its target."""
@@ -496,7 +529,6 @@ def validate(args):
         "seed": (0 <= args.seed < 2**31, "from 0 to 2147483647"),
         "gamma": (0 <= args.gamma <= 1, "from 0 to 1"),
         "tau": (0 < args.tau <= 1, "above 0 and at most 1"),
-        "beta_scale": (0 < args.beta_scale <= 1, "above 0 and at most 1"),
     }
     for name, value in asdict(args).items():
         if type(value) is int:
