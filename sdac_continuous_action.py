@@ -150,36 +150,31 @@ def mish(x):
 
 
 class Denoiser(nn.Module):
-    """ε_θ(s, a_t, t), an MLP on (s, a_t, t).
-
-    Its first layer is a sum of a term in (s, t), the context, and a term in a_t. The context is computed once per
-    state and step instead of once per particle: forward takes it, embed_obs + embed_time give it."""
+    """ε_θ(s, a_t, t), an MLP on (s, a_t, t). Its first layer is a sum of a term in (s, t), which is computed once per
+    state, and a term in a_t, once per action."""
 
     def __init__(self, obs_dim, action_dim, hidden_dim=256, time_dim=16):
         super().__init__()
-        self.sizes = [obs_dim, time_dim, action_dim]
+        self.sizes, self.action_dim = [obs_dim, time_dim, action_dim], action_dim
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
         self.input_layer = nn.Linear(sum(self.sizes), hidden_dim)
         self.hidden_layers = nn.ModuleList([nn.Linear(hidden_dim, hidden_dim) for _ in range(2)])
         self.output_layer = nn.Linear(hidden_dim, action_dim)
 
-    def embed_obs(self, obs):
-        """The observation's share of the first layer: (B, obs_dim) -> (B, H)."""
-        return F.linear(obs, self.input_layer.weight.split(self.sizes, dim=1)[0], self.input_layer.bias)
-
     def embed_time(self, t):
-        """The step's share of the first layer: indices t (...) -> sinusoidal embedding -> MLP -> (..., H).
-
-        The embedding is [sin, cos](t · 10000^(-i/8))/4, i = 0..7, for its width 16: a vector of length 1/√2."""
+        """[sin, cos](t · 10000^(-i/8))/4, i = 0..7, for a width of 16: indices t (...) -> (..., 16)."""
         width = self.sizes[1]
         frequencies = 10_000 ** (-2 / width * torch.arange(width // 2, device=t.device))
         angles = (t[..., None] * frequencies).to(self.input_layer.weight.dtype)
-        embedding = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(width))
-        return F.linear(embedding, self.input_layer.weight.split(self.sizes, dim=1)[1])
+        return torch.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(width)
 
-    def forward(self, context, a_t):
-        """Predicted noise, the shape of a_t (..., d); context (..., H) broadcasts against it."""
-        h = mish(context + F.linear(a_t, self.input_layer.weight.split(self.sizes, dim=1)[2]))
+    def forward(self, obs, a_t, t):
+        """Predicted noise (B, N, d) of N actions in each of B states: obs (B, obs_dim), a_t (B, N, d), t () or (B,)."""
+        obs_weight, time_weight, action_weight = self.input_layer.weight.split(self.sizes, dim=1)
+        with torch.autocast(obs.device.type, enabled=False):  # what is computed once per state keeps its precision
+            context = F.linear(obs, obs_weight, self.input_layer.bias)
+            context = context + F.linear(self.time_mlp(self.embed_time(t)), time_weight)
+        h = mish(context[:, None] + F.linear(a_t, action_weight))
         for layer in self.hidden_layers:
             h = mish(F.linear(h, layer.weight) + layer.bias)  # compiled, the bias is added in mish's pass over memory
         return F.linear(h, self.output_layer.weight) + self.output_layer.bias
@@ -243,14 +238,13 @@ def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, e
 
     obs (B, obs_dim) -> actions (B, d) in [-1, 1], plus exploration_std · N(0, I) if given. With bfloat16 the matrix
     products of the denoiser have 8 bits of precision; a_t and the critics keep float32."""
-    shape = (len(obs), num_particles, denoiser.sizes[-1])
+    shape = (len(obs), num_particles, denoiser.action_dim)
     randn = partial(torch.randn, generator=generator, device=obs.device, dtype=obs.dtype)
-    obs_features = denoiser.embed_obs(obs)[:, None]
-    time_features = denoiser.embed_time(torch.arange(schedule.num_steps, device=obs.device))
+    steps = torch.arange(schedule.num_steps, device=obs.device)
     a_t = schedule.initial_std * randn(shape)
     for t in reversed(range(schedule.num_steps)):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bfloat16):
-            eps = denoiser(obs_features + time_features[t], a_t)
+            eps = denoiser(obs, a_t, steps[t])
         a_0 = schedule.predict_a0(a_t, eps, t).clamp(-1, 1)
         a_t = schedule.posterior_mean(a_0, a_t, t)
         if t > 0:
@@ -304,7 +298,7 @@ def q_spread(q, t, num_steps):
 def rsm_loss(denoiser, obs, a_t, t, target, weights=1.0):
     """E ‖ε_θ(s, a_t, t) - target‖². With target = Σ w_i ε_i its gradient is that of the RSM loss Σ w_i ‖ε_θ - ε_i‖²,
     since Σ w_i = 1, but the denoiser is evaluated once instead of M times."""
-    prediction = denoiser(denoiser.embed_obs(obs) + denoiser.embed_time(t[:, 0]), a_t)
+    prediction = denoiser(obs, a_t[:, None], t[:, 0])[:, 0]
     return (weights * (prediction - target).square().sum(1)).mean()
 
 
