@@ -5,8 +5,9 @@
 Prints tables and writes benchmark/results/speed-<device>.json. Every configuration runs in a process of its own, one
 after the other, with the default algorithm settings and random data of the task's sizes; "plain" is the script in
 eager PyTorch with none of the optimisations, "cleanrl" an eager SAC as CleanRL writes it, with the same networks and
-the same number of gradient steps. Times are medians in milliseconds, with the quartiles in the JSON. Achieved shares
-are relative to a matrix product of the shape of a hidden layer, (B·K, 256) x (256, 256), in the same process."""
+the same number of gradient steps, "linear 20" SDAC with the authors' noise levels. Times are medians in milliseconds,
+with the quartiles in the JSON. Achieved shares are relative to a matrix product of the shape of a hidden layer,
+(B·K, 256) x (256, 256), in the same process."""
 
 import argparse
 import importlib
@@ -23,6 +24,7 @@ import tempfile
 import time
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,9 +35,16 @@ PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]
 SIZES = {"HalfCheetah-v4": (17, 6), "Humanoid-v4": (376, 17)}
 CPU_OPTIMISATIONS = ["onednn", "malloc", "fused_adam", "compile", "bfloat16"]
 CUDA_OPTIMISATIONS = ["fused_adam", "compile", "cudagraphs"]
-AUTHORS = {  # milliseconds per update of the authors' JAX code (not measured here)
-    "HalfCheetah-v4": {"2-core CPU, AVX-512 and bfloat16": 1480, "RTX 5090": 18.7},
-    "Humanoid-v4": {"2-core CPU, AVX-512 and bfloat16": 1940},
+# Milliseconds of the authors' JAX code and, beside it on the same machine in the same run, of this script with the same
+# settings (linear 20): 2 cores of an AMD EPYC with AVX-512 and bfloat16, two rounds. Not measured by this file.
+SIDE_BY_SIDE = {
+    "HalfCheetah-v4": {"authors update": [1003, 1082], "this script, linear 20": [202, 222], "authors act": [15, 15]},
+    "Humanoid-v4": {"authors update": [1205, 1292], "this script, linear 20": [239, 241], "authors act": [17, 21]},
+}
+VARIANTS = {  # configurations that are more than optimisations
+    "linear 20": {"schedule": "linear", "denoising_steps": 20},  # the authors' noise levels
+    "anchor next": {"anchor": "next"},
+    "K = 8, M = 32, batch 128": {"num_particles": 8, "num_reverse_samples": 32, "batch_size": 128},
 }
 
 
@@ -48,7 +57,7 @@ def plan(cuda):
         jobs += [("sdac", task, "float32", exact), ("sdac", task, "plain", [])]
         if "bfloat16" in every:
             jobs += [("sdac", task, "bfloat16", every)]
-        jobs += [("sdac", task, "anchor next", every)]
+        jobs += [("sdac", task, name, every) for name in VARIANTS]
         if task == "HalfCheetah-v4":
             jobs += [("sdac", task, f"only {name}", [name]) for name in every]
         jobs += [("sac", task, "float32", exact), ("sac", task, "plain", []), ("sac", task, "cleanrl", [])]
@@ -138,9 +147,11 @@ def plain_networks(module):
     """The networks of a script in the words of eager PyTorch; the scripts' own are written for torch.compile."""
     torch = module.torch
 
-    def denoiser(self, context, a_t):
-        h = torch.nn.functional.linear(a_t, self.input_layer.weight.split(self.sizes, dim=1)[2])
-        h = module.mish(context + h)
+    def denoiser(self, obs, a_t, t):
+        obs_weight, time_weight, action_weight = self.input_layer.weight.split(self.sizes, dim=1)
+        linear, embedding = torch.nn.functional.linear, self.time_mlp(self.embed_time(t))
+        context = linear(obs, obs_weight, self.input_layer.bias) + linear(embedding, time_weight)
+        h = module.mish(context[:, None] + linear(a_t, action_weight))
         for layer in self.hidden_layers:
             h = module.mish(layer(h))
         return self.output_layer(h)
@@ -167,7 +178,7 @@ def measure(script, task, name, optimisations, cuda):
     torch, on = module.torch, set(optimisations)
     args = module.Args(env_id=task, cuda=cuda, compile="compile" in on, cudagraphs="cudagraphs" in on)
     if script == "sdac":
-        args.bfloat16, args.anchor = "bfloat16" in on, "next" if name == "anchor next" else "current"
+        args = replace(args, bfloat16="bfloat16" in on, **VARIANTS.get(name, {}))
     if "malloc" not in on:
         module.ctypes = SimpleNamespace(CDLL=lambda _: SimpleNamespace(mallopt=lambda *_: None))
     if "compile" not in on:
@@ -211,8 +222,9 @@ def measure(script, task, name, optimisations, cuda):
 
             def target():
                 uniform = torch.rand(shape, generator=generator, device=device)
-                proposal = args.reverse_proposal
-                module.rsm_target(agent.critics, agent.schedule, obs, batch[1], t, one, uniform, proposal)
+                eps, a_hat = module.reverse_samples(agent.schedule, batch[1], t, uniform, args.reverse_proposal)
+                with torch.no_grad():
+                    module.rsm_target(eps, agent.critics(obs, a_hat).amin(0), one)
 
             loss = partial(module.rsm_loss, agent.policy, obs, batch[1], t, batch[1])
             parts |= {
@@ -332,7 +344,7 @@ def main():
         "machine": {"device": device, "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": versions(),
         "seconds": time.time() - begin,
-        "authors_ms_per_update": AUTHORS,
+        "side_by_side_ms": SIDE_BY_SIDE,
         "results": results,
     }
     path = ROOT / "benchmark" / "results" / f"speed-{device.lower().replace(' ', '-')}.json"
