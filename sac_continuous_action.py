@@ -23,6 +23,7 @@ import difflib
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -34,6 +35,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
+
+# Idle threads of OpenMP sleep after a short spin; or else, where cores are shared, they keep busy ones from working
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when PyTorch is imported
 
 import gymnasium as gym
 import mujoco
@@ -485,7 +489,7 @@ def parse(argv=None):
 
 def train(args, agent, device, checkpoint):
     """The training loop. Whatever goes wrong ends it with one sentence; the last good state is in checkpoint.pt."""
-    run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path("runs") / re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     if checkpoint:
         run_dir = Path(args.resume).resolve()
         run_dir = run_dir if run_dir.is_dir() else run_dir.parent
@@ -692,7 +696,8 @@ def main(args, checkpoint=None):
         agent.critics.load_state_dict(model["critics"])
     except Exception:
         fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
-    video = Path("videos") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}" / "evaluation"
+    name = re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    video = Path("videos") / name / "evaluation"
     result = evaluate(agent, args, device, video if args.capture_video else None)
     print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
 

@@ -21,6 +21,7 @@ import difflib
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -32,6 +33,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
+
+# Idle threads of OpenMP sleep after a short spin; or else, where cores are shared, they keep busy ones from working
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when PyTorch is imported
 
 import gymnasium as gym
 import mujoco
@@ -162,11 +166,11 @@ class Denoiser(nn.Module):
         self.output_layer = nn.Linear(hidden_dim, action_dim)
 
     def embed_time(self, t):
-        """[sin, cos](t · 10000^(-i/8))/4, i = 0..7, for a width of 16: indices t (...) -> (..., 16)."""
+        """[sin, cos](t · 10000^(-i/8)), i = 0..7, for a width of 16: indices t (...) -> (..., 16)."""
         width = self.sizes[1]
         frequencies = 10_000 ** (-2 / width * torch.arange(width // 2, device=t.device))
         angles = (t[..., None] * frequencies).to(self.input_layer.weight.dtype)
-        return torch.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(width)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # the authors divide it by 4
 
     def forward(self, obs, a_t, t):
         """Predicted noise (B, N, d) of N actions in each of B states: obs (B, obs_dim), a_t (B, N, d), t () or (B,)."""
@@ -672,7 +676,7 @@ def parse(argv=None):
 
 def train(args, agent, device, checkpoint):
     """The training loop. Whatever goes wrong ends it with one sentence; the last good state is in checkpoint.pt."""
-    run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path("runs") / re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     if checkpoint:
         run_dir = Path(args.resume).resolve()
         run_dir = run_dir if run_dir.is_dir() else run_dir.parent
@@ -882,7 +886,8 @@ def main(args, checkpoint=None):
         agent.critics.load_state_dict(model["critics"])
     except Exception:
         fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
-    video = Path("videos") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}" / "evaluation"
+    name = re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    video = Path("videos") / name / "evaluation"
     result = evaluate(agent, args, device, video if args.capture_video else None)
     print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
 

@@ -6,7 +6,8 @@ Writes into each folder curves.png, evaluation return against environment steps,
 (mean over seeds at equal steps), and table.md. Curves are means over seeds with 95% bootstrap intervals (SciPy,
 percentile method, seeds resampled; with three seeds a rough one). The last panel of curves.png aggregates tasks: the
 interquartile mean (Agarwal et al., 2021) of normalised final scores, 0 for random actions and 1 for the reference
-below, seeds resampled within tasks. Table: final and best evaluation, mean ± standard deviation over seeds."""
+below, seeds resampled within tasks. Table: final and best evaluation, mean ± standard deviation over seeds. Runs of
+unequal lengths are cut to the steps that all seeds have; the table then says "60,000 of 100,000"."""
 
 import argparse
 import csv
@@ -40,11 +41,14 @@ PUBLISHED = {
 class Runs:
     """The runs of one name on one task: evaluations as arrays (seeds, evaluations), cut to the steps that all have."""
 
-    def __init__(self, runs):
-        steps = set.intersection(*({int(row["global_step"]) for row in rows} for _, rows in runs))
+    def __init__(self, task, name, runs):
+        every = [{int(row["global_step"]) for row in rows} for _, rows in runs]
+        steps = set.intersection(*every)
+        if not steps:
+            raise ValueError(f"the seeds of {name} on {task} have no evaluation at a common step")
+        self.task, self.longest = task, max(set.union(*every))
         self.facts, self.steps = [facts for facts, _ in runs], np.array(sorted(steps))
         columns = [[row for row in rows if int(row["global_step"]) in steps] for _, rows in runs]
-        self.task = self.facts[0]["args"]["env_id"]
         self.returns = np.array([[float(row["episodic_return"]) for row in rows] for rows in columns])
         self.seconds = np.array([[float(row["seconds"]) for row in rows] for rows in columns])
         self.bands = np.array([interval((values,), np.mean) for values in self.returns.T])
@@ -55,13 +59,13 @@ class Runs:
 def read(folder):
     """{task: {name: Runs}} of a folder of results."""
     tasks = {}
-    for path in sorted(folder.glob("*-v*__*.json")):
+    for path in sorted(folder.glob("*__*.json")):
         facts = json.loads(path.read_text())
         with open(path.with_suffix(".csv")) as file:
             name = facts["args"]["exp_name"].removesuffix("_continuous_action")
             names = tasks.setdefault(facts["args"]["env_id"], {})
             names.setdefault(name, []).append((facts, list(csv.DictReader(file))))
-    return {task: {name: Runs(runs) for name, runs in names.items()} for task, names in tasks.items()}
+    return {task: {name: Runs(task, name, runs) for name, runs in names.items()} for task, names in tasks.items()}
 
 
 def interval(samples, statistic):
@@ -139,7 +143,8 @@ def table(tasks):
     for task, runs in tasks.items():
         for name, run in runs.items():
             final, best = run.returns[:, -1], run.returns.max(1)
-            cells = [task, name, len(final), f"{run.steps[-1]:,}", f"{run.updates:,}"]
+            longer = f" of {run.longest:,}" if run.longest > run.steps[-1] else ""
+            cells = [task, name, len(final), f"{run.steps[-1]:,}{longer}", f"{run.updates:,}"]
             cells += [f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" if len(x) > 1 else f"{x[0]:.1f}" for x in (final, best)]
             cells += [f"{run.seconds[:, -1].mean() / 60:.1f}", PUBLISHED.get(task, ("",))[0]]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -150,8 +155,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", help="under benchmark/results")
     folders = [RESULTS / name for name in parser.parse_args().folders]
-    for folder in folders or sorted({path.parent for path in RESULTS.rglob("*-v*__*.json")}):
-        tasks = read(folder)
+    for folder in folders or sorted({path.parent for path in RESULTS.rglob("*__*.json")}) or [RESULTS]:
+        try:
+            tasks = read(folder)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            parser.error(f"the runs in {folder} cannot be drawn ({type(error).__name__}: {error})")
         if not tasks:
             parser.error(f"there are no runs in {folder}; keep some with benchmark/record.py")
         draw(tasks, folder)

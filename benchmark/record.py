@@ -5,10 +5,11 @@
 For each run folder writes benchmark/results/<run>.csv (evaluations, with the updates and seconds at each) and
 <run>.json (arguments, versions, machine, duration, return of uniformly random actions), or with --into NAME into
 benchmark/results/NAME. Run it on the machine and in the environment of the training, since it asks those for their
-names."""
+names, and with the script of the training still beside runs/: its SHA-256 is kept too, or null if it is not there."""
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -40,9 +41,11 @@ def collect(run):
     model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
     with open(run / "metrics.csv") as metrics, open(run / "timing.csv") as timing:
         rows = [m | t for m, t in zip(csv.DictReader(metrics), csv.DictReader(timing), strict=True)]
+    script = run.resolve().parent.parent / f"{model['algorithm']}_continuous_action.py"
     facts = {
         "algorithm": model["algorithm"],
         "args": model["args"],
+        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest() if script.is_file() else None,
         "versions": versions(),
         "machine": {
             "cpu": cpu_name(),
@@ -73,4 +76,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     results = Path(__file__).parent / "results" / options.into
     for run in options.runs:
-        write(*collect(run), results)
+        try:
+            write(*collect(run), results)
+        except Exception as error:  # damaged files raise many kinds of errors
+            parser.error(f"{run} cannot be kept ({type(error).__name__}: {error}); give the folder of a finished run")

@@ -5,31 +5,45 @@
     ray start --head && python benchmark/run.py benchmark/mujoco.toml --ray-address auto --gpus-per-run 0.25
 
 A grid is a TOML file: seeds, flags for all runs, tasks and named settings with flags of their own; see cpu.toml.
-A run's name is <task>__<setting>__<seed>. Results go to benchmark/results/<grid>/, or to the folder named with --into,
-as benchmark/record.py writes them (draw them with benchmark/plot.py); logs and run folders go to benchmark/runs/. Run
-the same command again after an interruption: runs with results are left out, the others go on from their checkpoints.
-Ctrl-C lets every run on this machine write a checkpoint first.
+A run's name is <task>__<setting>__<seed>, with - for / and : in it. Results go to benchmark/results/<grid>/, or to the
+folder named with --into, as benchmark/record.py writes them (draw them with benchmark/plot.py); logs, run folders and
+the copy of the script with which each run began go to benchmark/runs/<grid>/<run>/.
+
+Ctrl-C lets every run on this machine write a checkpoint. Run the same command again: runs with results are left out,
+the others go on, each with its copy of the script. Results or checkpoints with other arguments than the grid's are
+refused; --rerun deletes the folders of the selected runs and makes them anew, and old results stay until new ones come.
 
 On a Ray cluster each run is a task with the given share of a GPU, retried when its worker is lost. It needs this
 repository at the same path and its requirements on every machine; a retry goes on from the checkpoint if
-benchmark/runs is a shared folder, and starts again if not. Results are written where this command runs."""
+benchmark/runs is a shared folder, and starts again if not. Results are written where this command runs, and only the
+benchmark/runs that it sees there is compared with the grid or, with --rerun, deleted."""
 
 import argparse
 import ctypes
 import importlib
+import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_COMPARED = {"cuda", "compile", "bfloat16", "cudagraphs", "resume"}  # decided by the machine and by interruptions
+
+
+def module(name):
+    """A file of this repository as a module, on a Ray worker too."""
+    sys.path[:] = dict.fromkeys([str(ROOT), str(ROOT / "benchmark"), *sys.path])
+    return importlib.import_module(name)
 
 
 @dataclass
@@ -42,35 +56,63 @@ class Run:
     flags: list
 
     def __post_init__(self):
-        self.key = f"{self.task}__{self.name}__{self.seed}"
+        self.key = re.sub("[/:]", "-", f"{self.task}__{self.name}__{self.seed}")
 
     def folder(self):
         return ROOT / "benchmark" / "runs" / self.grid / self.key
 
     def results(self):
-        return list((ROOT / "benchmark" / "results" / self.grid).glob(f"{self.key}__*.json"))
+        paths = (ROOT / "benchmark" / "results" / self.grid).glob("*.json")
+        return [path for path in paths if path.stem.rpartition("__")[0] == self.key]
+
+    def kept(self):
+        """Its results, unless --rerun asked for new ones that are not there yet."""
+        return [] if (self.folder() / "rerun").exists() else self.results()
 
     def finished(self):
         """Run folders whose training came to its end."""
         return [path.parent for path in self.folder().glob("runs/*/model.pt")]
 
-    def last_line(self):
+    def differences(self):
+        """What its results, or else its checkpoint and model, have and the grid has not, in words."""
+        for path in self.kept() or sorted(self.folder().glob("runs/*/*.pt")):
+            try:
+                load = partial(module("torch").load, map_location="cpu", weights_only=True, mmap=True)
+                facts = json.loads(path.read_text()) if path.suffix == ".json" else load(path)
+            except Exception:  # damaged files raise many kinds of errors
+                return f"a damaged file, {path}"
+            script = module(f"{self.script}_continuous_action")
+            here = vars(script.parse(self.flags)[0]) | {"algorithm": self.script}
+            there = here | facts["args"] | {"algorithm": facts["algorithm"]}
+            different = [key for key in here if here[key] != there[key] and key not in NOT_COMPARED]
+            if different:
+                return " and ".join(f"{key} {there[key]} (grid: {here[key]})" for key in different)
+
+    def last_line(self, failed=False):
+        """The newest evaluation in the log or, of a failed run, its error in the last start, or else its last words."""
         log = self.folder() / "log.txt"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return next((line for line in reversed(lines) if line.startswith(("evaluation", "error"))), "")
+        text = log.read_text(errors="replace") if log.exists() else ""
+        if failed:
+            text = text.rpartition("\n$ ")[2].partition("\n")[2].strip()
+        lines = [line for line in text.splitlines() if line.startswith("error:" if failed else "evaluation")]
+        return (lines or text.splitlines() * failed or ["no output" * failed])[-1]
 
     def start(self, threads):
         """Starts the training, or goes on with it from its newest checkpoint. It ends with the caller."""
         self.folder().mkdir(parents=True, exist_ok=True)
         checkpoints = sorted(self.folder().glob("runs/*/checkpoint.pt"), key=os.path.getmtime)
-        flags = ["--env-id", self.task, "--seed", str(self.seed), "--exp-name", self.name, *self.flags]
-        if checkpoints:
-            flags = ["--resume", str(checkpoints[-1].parent)]
-        command = [sys.executable, str(ROOT / f"{self.script}_continuous_action.py"), *flags]
+        original = ROOT / f"{self.script}_continuous_action.py"
+        copy = self.folder() / original.name  # so that a run stays with the version of the script with which it began
+        if not (checkpoints and copy.exists()):
+            shutil.copy(original, copy)
+        flags = ["--resume", str(checkpoints[-1].parent), "--env-id", self.task] if checkpoints else self.flags
+        command = [sys.executable, str(copy), *flags]
+        paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # modules beside the script are found as before
         with open(self.folder() / "log.txt", "a") as log:
+            print("\n$", shlex.join(command), file=log, flush=True)
             return subprocess.Popen(
                 command, cwd=self.folder(), stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths},
             )  # fmt: skip
 
 
@@ -86,19 +128,26 @@ def read_grid(path, into=None):
         for task, task_flags in grid["tasks"].items():
             for name, setting in grid["settings"].items():
                 script, *flags = shlex.split(f"{setting} {grid['flags']} {task_flags}")
+                if not (ROOT / f"{script}_continuous_action.py").is_file():
+                    raise ValueError(f"there is no script {script}")
+                flags = ["--env-id", task, "--seed", str(seed), "--exp-name", name, *flags]
                 runs.append(Run(into or Path(path).stem, task, name, seed, script, flags))
     return runs
 
 
 def collect(run):
     """Facts and evaluations of a finished run, on the machine where it ran."""
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    return importlib.import_module("record").collect(run.finished()[0])
+    return module("record").collect(run.finished()[0])
 
 
 def keep(run, result):
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    importlib.import_module("record").write(*result, ROOT / "benchmark" / "results" / run.grid)
+    """Writes new results, then removes old ones."""
+    old = [path for path in run.results() if path.stem != result[0]]
+    module("record").write(*result, ROOT / "benchmark" / "results" / run.grid)
+    for path in old:
+        path.unlink()
+        path.with_suffix(".csv").unlink(missing_ok=True)
+    (run.folder() / "rerun").unlink(missing_ok=True)
 
 
 def show(runs, state, seconds):
@@ -108,16 +157,17 @@ def show(runs, state, seconds):
     }
     lines = [f"{seconds / 60:6.1f} min  " + "  ".join(f"{count} {name}" for name, count in counts.items())]
     if sys.stdout.isatty():
-        lines += [f"  {state[r.key]:9} {r.key:50} {r.last_line()}"[:119] for r in runs if state[r.key] != "waiting"]
+        begun = [(run, state[run.key]) for run in runs if state[run.key] != "waiting"]
+        lines += [f"  {now:9} {run.key:50} {run.last_line(now == 'failed')}"[:119] for run, now in begun]
         print("\033[2J\033[H" + "\n".join(lines), flush=True)
     else:
         print(lines[0], flush=True)
 
 
 def run_here(runs, jobs):
-    """`jobs` processes at a time, the cores divided among them. Returns the keys of the runs that failed."""
-    threads, active, failed, shown, start = max(os.cpu_count() // jobs, 1), {}, set(), None, time.time()
-    waiting = [run for run in runs if not run.results()]
+    """`jobs` processes at a time, the cores divided among them. Returns the keys and errors of the runs that failed."""
+    threads, active, failed, shown, start = max(os.cpu_count() // jobs, 1), {}, {}, None, time.time()
+    waiting = [run for run in runs if not run.kept()]
     try:
         while True:
             while waiting and len(active) < jobs:
@@ -129,7 +179,7 @@ def run_here(runs, jobs):
                     if run.finished():
                         keep(run, collect(run))
                     else:
-                        failed.add(key)
+                        failed[key] = run.last_line(failed=True)
             names = [(failed, "failed"), (active, "running"), ({run.key for run in waiting}, "waiting")]
             state = {run.key: next((n for keys, n in names if run.key in keys), "finished") for run in runs}
             if state != shown or (sys.stdout.isatty() and int(time.time()) % 5 == 0):
@@ -157,22 +207,26 @@ def run_on_ray(runs, address, cpus, gpus):
     def task(run):
         if not run.finished():
             run.start(cpus).wait()
-        return collect(run) if run.finished() else None
+        return collect(run) if run.finished() else run.last_line(failed=True)
 
-    state, start = {run.key: "finished" if run.results() else "running" for run in runs}, time.time()
-    tasks = {task.remote(run): run for run in runs if not run.results()}
+    state, start, failed = {run.key: "finished" if run.kept() else "running" for run in runs}, time.time(), {}
+    tasks = {task.remote(run): run for run in runs if not run.kept()}
     while tasks:
         show(runs, state, time.time() - start)
         for done in ray.wait(list(tasks), timeout=10)[0]:
-            run, result = tasks.pop(done), None
-            with suppress(ray.exceptions.RayError):
+            run = tasks.pop(done)
+            try:
                 result = ray.get(done)
-            if result:
+            except ray.exceptions.RayError as error:
+                result = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+            if isinstance(result, str):
+                failed[run.key] = result
+            else:
                 keep(run, result)
-            state[run.key] = "finished" if result else "failed"
+            state[run.key] = "failed" if run.key in failed else "finished"
     show(runs, state, time.time() - start)
     ray.shutdown()
-    return {key for key, value in state.items() if value == "failed"}
+    return failed
 
 
 def main():
@@ -180,6 +234,7 @@ def main():
     parser.add_argument("grid", help="a TOML file")
     parser.add_argument("--only", default="*", metavar="PATTERN", help='of the names of runs, for example "Hopper*__1"')
     parser.add_argument("--into", metavar="NAME", help="folder of the results, instead of the grid's name")
+    parser.add_argument("--rerun", action="store_true", help="make the selected runs anew, also those with results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time on this machine")
     parser.add_argument("--ray-address", help="of a running Ray cluster, for example auto")
     parser.add_argument("--cpus-per-run", type=int, default=1, help="with Ray")
@@ -195,14 +250,25 @@ def main():
         parser.error(f"{options.grid} has no run named {options.only}; names are like Hopper-v4__sdac__1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        for run in runs if options.rerun else []:
+            shutil.rmtree(run.folder(), ignore_errors=True)
+            run.folder().mkdir(parents=True, exist_ok=True)
+            (run.folder() / "rerun").touch()
+        different = [f"{run.key} has {words}" for run in runs if (words := run.differences())]
+        if different:
+            parser.error(
+                f"the grid and {len(different)} of {len(runs)} runs disagree: {different[0]}; "
+                "choose another folder with --into, or make all selected runs (--only) anew with --rerun"
+            )
         if options.ray_address:
             failed = run_on_ray(runs, options.ray_address, options.cpus_per_run, options.gpus_per_run)
         else:
             failed = run_here(runs, options.jobs)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
+        sys.exit(f"interrupted; the same command{' without --rerun' * options.rerun} goes on")
     if failed:
-        sys.exit(f"failed: {', '.join(sorted(failed))}; see log.txt in benchmark/runs/{runs[0].grid}/<run>")
+        lines = [f"failed: {key}: {error}\n" for key, error in sorted(failed.items())]
+        sys.exit(f"{''.join(lines)}see log.txt in benchmark/runs/{runs[0].grid}/<run>")
 
 
 if __name__ == "__main__":

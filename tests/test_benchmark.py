@@ -1,10 +1,12 @@
-"""benchmark/run.py and benchmark/plot.py: grids that are interrupted, a lost Ray worker, intervals, the table."""
+"""benchmark/run.py, record.py, plot.py: interrupted and edited grids, a lost Ray worker, intervals, the table."""
 
 import csv
+import hashlib
 import importlib
 import itertools
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, small_flags, wait_for
 
 GRID = """
@@ -41,11 +44,32 @@ def repository(tmp_path):
     return tmp_path
 
 
-def start(repository, *flags):
+@pytest.fixture
+def one_run(repository):
+    """The same with a grid of one run."""
+    edit(repository / "grid.toml", "[1, 2]", "[1]")
+    edit(repository / "grid.toml", "sdac = ", "# ")
+    return repository
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def start(repository, *flags, **variables):
     command = [sys.executable, "benchmark/run.py", "grid.toml", *flags]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"} | variables
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=repository, env=environment, **pipes)
+
+
+def outcome(repository, *flags, **variables):
+    """Exit status and output of the command, when it has ended."""
+    process = start(repository, *flags, **variables)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
 
 
 def kept(repository, seeds=(1, 2), into="grid"):
@@ -92,7 +116,8 @@ def test_a_failing_run_is_named_and_the_others_end(repository):
     grid.write_text(grid.read_text().replace("[1, 2]", "[1]") + 'wrong = "sac --gamma 2"\n')
     process = start(repository, "--jobs", "3")
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and "failed: InvertedPendulum-v4__wrong__1; see log.txt" in output
+    failed = "failed: InvertedPendulum-v4__wrong__1: error: --gamma is 2.0; give a value from 0 to 1"
+    assert process.returncode == 1 and output.endswith(f"{failed}\nsee log.txt in benchmark/runs/grid/<run>\n")
     assert "--gamma is 2.0" in (repository / "benchmark/runs/grid/InvertedPendulum-v4__wrong__1/log.txt").read_text()
     assert len(list((repository / "benchmark/results/grid").glob("*.json"))) == 2
 
@@ -103,9 +128,139 @@ def test_a_file_that_is_no_grid_is_refused(repository):
     assert process.returncode == 2 and "grid.toml is not a grid (KeyError: 'seeds')" in output
 
 
+def test_a_script_that_is_not_there_is_refused(one_run):
+    edit(one_run / "grid.toml", '"sac"', '"sacc"')
+    status, output = outcome(one_run)
+    assert status == 2 and "grid.toml is not a grid (ValueError: there is no script sacc)" in output
+
+
 def test_a_selection_without_runs_is_refused(repository):
     output, _ = (process := start(repository, "--only", "Hopper*")).communicate(timeout=60)
     assert process.returncode == 2 and "no run named Hopper*" in output
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        ("\n$ a\nerror: old\n\n$ b\nerror: first\nerror: second\nevaluation\n", "error: second"),
+        ("\n$ a\nerror: old\n\n$ b\nevaluation\nValueError: new\n \n", "ValueError: new"),
+        ("\n$ a\nerror: old\n\n$ b\n", "no output"),
+    ],
+)
+def test_the_error_of_a_failed_run(log, error, monkeypatch, tmp_path, capsys):
+    """It is that of its last start. A terminal shows it, too."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    module = importlib.import_module("run")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    run = module.Run("grid", "Task-v0", "sac", 1, "sac", [])
+    run.folder().mkdir(parents=True)
+    (run.folder() / "log.txt").write_text(log)
+    assert run.last_line(failed=True) == error
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    module.show([run], {run.key: "failed"}, 0)
+    assert capsys.readouterr().out.splitlines()[-1].split(maxsplit=2) == ["failed", "Task-v0__sac__1", error]
+
+
+def test_an_edited_grid_is_refused(one_run):
+    """Results and checkpoints of other arguments do not count; --rerun replaces results when new ones are there."""
+    grid, results = one_run / "grid.toml", one_run / "benchmark/results/grid"
+    key = "InvertedPendulum-v4__sac__1"
+    status, output = outcome(one_run)
+    assert status == 0, output
+    first = sorted(results.iterdir())
+    edit(grid, "--no-cuda", "--cuda")  # the machine decides
+    status, output = outcome(one_run)
+    assert status == 0 and "1 finished" in output, output
+    edit(grid, '"sac"', '"sac --gamma 0.97"')
+    status, output = outcome(one_run)
+    assert status == 2 and f"the grid and 1 of 1 runs disagree: {key} has gamma 0.99 (grid: 0.97); " in output, output
+    assert "--into" in output and "--rerun" in output and "running" not in output
+    edit(grid, "0.97", "2")
+    status, output = outcome(one_run, "--rerun")
+    assert status == 1 and f"failed: {key}: error: --gamma is 2.0" in output
+    assert sorted(results.iterdir()) == first
+    edit(grid, "gamma 2", "gamma 0.97")
+    status, output = outcome(one_run)  # goes on with what --rerun began
+    assert status == 0, output
+    data, facts = sorted(results.iterdir())
+    assert data.stem == facts.stem and not {data, facts} & set(first)
+    assert json.loads(facts.read_text())["args"]["gamma"] == 0.97
+    status, output = outcome(one_run)
+    assert status == 0 and "1 finished" in output, output
+    facts.unlink()  # as after an interruption: the run has begun, and there are no results
+    edit(grid, "0.97", "0.96 --tau 0.5")
+    for name in ("checkpoint.pt", "model.pt"):
+        status, output = outcome(one_run)
+        assert status == 2 and f"{key} has gamma 0.97 (grid: 0.96) and tau 0.005 (grid: 0.5); " in output, output
+        next(one_run.glob(f"benchmark/runs/grid/*/runs/*/{name}")).write_bytes(b"")
+        status, output = outcome(one_run)
+        assert status == 2 and "has a damaged file" in output and name in output
+        next(one_run.glob(f"benchmark/runs/grid/*/runs/*/{name}")).unlink()
+
+
+def test_a_run_stays_with_its_script(one_run):
+    """A run that has begun goes on with the version of the script with which it began, and its result names it."""
+    status, output = outcome(one_run)
+    assert status == 0, output
+    (facts,) = (one_run / "benchmark/results/grid").glob("*.json")
+    facts.unlink()  # as after an interruption
+    next(one_run.glob("benchmark/runs/grid/*/runs/*/model.pt")).unlink()
+    script = one_run / "sac_continuous_action.py"
+    began = hashlib.sha256(script.read_bytes()).hexdigest()
+    edit(script, '    run_dir = Path("', '    fail("another version")\n    run_dir = Path("')
+    status, output = outcome(one_run)
+    assert status == 0, output
+    assert json.loads(facts.read_text())["script_sha256"] == began
+    status, output = outcome(one_run, "--rerun")
+    assert status == 1 and output.count("error: another version") == 1
+
+
+TASK = """
+import os
+import gymnasium as gym
+import numpy as np
+
+class Task(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+    steps = 0
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if "BROKEN" in os.environ and self.steps > 120:
+            raise RuntimeError("not today")
+        return np.zeros(2, np.float32), 1.0, False, self.steps % 20 == 0, {}
+
+gym.register(f"ns/{__name__}-v0", Task)
+"""
+
+
+def test_tasks_with_slash_and_colon(one_run):
+    """Of a module on PYTHONPATH and of one beside the script: they fail, go on, and keep their names in the results."""
+    (one_run / "modules").mkdir()
+    (one_run / "modules/far.py").write_text(TASK)
+    (one_run / "near.py").write_text(TASK)
+    edit(one_run / "grid.toml", '"InvertedPendulum-v4"', '"far:ns/far-v0" = ""\n"near:ns/near-v0"')
+    edit(one_run / "grid.toml", '= ""', '= "--learning-starts 20"')
+    variables = {"PYTHONPATH": str(one_run / "modules")}
+    status, output = outcome(one_run, "--jobs", "2", BROKEN="1", **variables)
+    assert status == 1
+    for name in ("near", "far"):
+        error = f"error: {name}:ns/{name}-v0 failed (RuntimeError: not today) at step "
+        assert f"failed: {name}-ns-{name}-v0__sac__1: {error}" in output
+    for _ in range(2):  # the second time there is nothing left to do
+        status, output = outcome(one_run, "--jobs", "2", **variables)
+        assert status == 0 and output.splitlines()[-1].endswith("2 finished  0 running  0 waiting  0 failed"), output
+    results = sorted((one_run / "benchmark/results/grid").glob("*.json"))
+    for path, name in zip(results, ("far", "near"), strict=True):
+        assert path.name.startswith(f"{name}-ns-{name}-v0__sac__1__")
+        assert json.loads(path.read_text())["args"]["env_id"] == f"{name}:ns/{name}-v0"
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "benchmark").glob("*.toml")])
@@ -117,22 +272,21 @@ def test_grids_and_results_agree(name, monkeypatch):
     budgets, arguments = {}, {}
     for run in runs:
         script = importlib.import_module(f"{run.script}_continuous_action")
-        flags = ["--env-id", run.task, "--seed", str(run.seed), "--exp-name", run.name, *run.flags]
-        args, _ = script.parse(flags)
+        args, _ = script.parse(run.flags)
         script.validate(args)
         budgets.setdefault(run.task, set()).add((args.total_timesteps, args.learning_starts, args.eval_frequency))
         assert run.key not in arguments
         arguments[run.key] = vars(args)
     assert all(len(budget) == 1 for budget in budgets.values())
-    decided_by_the_machine = {"cuda", "compile", "bfloat16", "cudagraphs"}
+    decided_elsewhere = {"cuda", "compile", "bfloat16", "cudagraphs", "resume"}
     for path in (ROOT / "benchmark" / "results" / name).glob("*.json"):
         kept, here = json.loads(path.read_text())["args"], arguments[path.stem.rsplit("__", 1)[0]]
         different = [key for key in here if kept.get(key, here[key]) != here[key]]
-        assert not set(different) - decided_by_the_machine, path
+        assert not set(different) - decided_elsewhere, path
 
 
 def test_every_folder_of_results_has_its_grid():
-    folders = {path.parent.name for path in (ROOT / "benchmark" / "results").rglob("*-v*__*.json")}
+    folders = {path.parent.name for path in (ROOT / "benchmark" / "results").rglob("*__*.json")}
     assert folders <= {path.stem for path in (ROOT / "benchmark").glob("*.toml")}
 
 
@@ -152,7 +306,7 @@ def test_a_lost_ray_worker(repository):
             found = []
             for path in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):
-                    if f"{repository}/s" in (path / "cmdline").read_text():
+                    if f"{repository}/benchmark/runs/" in (path / "cmdline").read_text():
                         found.append((int(path.name), int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])))
             return found
 
@@ -196,20 +350,26 @@ def test_intervals_are_those_of_all_resamples(plot):
     assert plot.interval([np.array([4.0])], np.mean) == (4, 4)
 
 
+def write_run(folder, task, seed, steps, returns):
+    """A result with the evaluations given, after `seed` minutes each."""
+    args = {"env_id": task, "exp_name": "sdac_continuous_action", "seed": seed}
+    facts = {"args": args, "random_policy": {"mean": -400.0}}
+    (folder / f"{task}__x__{seed}.json").write_text(json.dumps(facts))
+    with open(folder / f"{task}__x__{seed}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["global_step", "updates", "episodic_return", "seconds"])
+        evaluations = enumerate(zip(steps, returns, strict=True))
+        writer.writerows([step, 200 * i, value, 60 * seed * (i + 1)] for i, (step, value) in evaluations)
+
+
 def test_table_and_scores_by_hand(plot, tmp_path):
     """Final and best of two seeds, cut to the steps that both have; scores relative to random actions."""
-    for seed, returns in ((1, [10, 40, 20]), (2, [0, 30, 50, 99])):
-        args = {"env_id": "Ant-v4", "exp_name": "sdac_continuous_action", "seed": seed}
-        facts = {"args": args, "random_policy": {"mean": -400.0}}
-        (tmp_path / f"Ant-v4__x__{seed}.json").write_text(json.dumps(facts))
-        with open(tmp_path / f"Ant-v4__x__{seed}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["global_step", "updates", "episodic_return", "seconds"])
-            writer.writerows([1000 * (i + 1), 200 * i, value, 60 * seed * (i + 1)] for i, value in enumerate(returns))
+    write_run(tmp_path, "Ant-v4", 1, [1000, 2000, 3000], [10, 40, 20])
+    write_run(tmp_path, "Ant-v4", 2, [1000, 2000, 3000, 4000], [0, 30, 50, 99])
     tasks = plot.read(tmp_path)
     line = plot.table(tasks).splitlines()[2]
     # final 20 and 50, best 40 and 50, after 3 and 6 minutes
-    start = "| Ant-v4 | sdac | 2 | 3,000 | 400 | 35.0 ± 21.2 | 45.0 ± 7.1 | 4.5 | "
+    start = "| Ant-v4 | sdac | 2 | 3,000 of 4,000 | 400 | 35.0 ± 21.2 | 45.0 ± 7.1 | 4.5 | "
     assert line.startswith(start)
     np.testing.assert_allclose(plot.normalised(tasks["Ant-v4"]["sdac"]), [420 / 6000, 450 / 6000])
     # of eight values the two smallest and the two largest are left out
@@ -222,3 +382,64 @@ def test_readme_has_the_tables_of_the_files(plot, folder):
     text = plot.table(plot.read(ROOT / "benchmark" / "results" / folder))
     assert text == (ROOT / "benchmark" / "results" / folder / "table.md").read_text()
     assert text in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch, capsys):
+    """Runs a copy of a tool, whose results are elsewhere, in this process. Returns what it prints when it refuses."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+
+    def tool(name, *flags):
+        path = shutil.copy(ROOT / "benchmark" / name, tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            assert end.code == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error
+
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    return tool
+
+
+def test_plot_says_what_it_cannot_draw(plot, tool, tmp_path):
+    mine = tmp_path / "results" / "mine"
+    assert f"there are no runs in {tmp_path / 'results'}; " in tool("plot.py")
+    assert "there are no runs in" in tool("plot.py", "nowhere")
+    write_run(mine, "Hopper-v4", 1, [1000, 2000], [1, 2])
+    write_run(mine, "Hopper-v4", 2, [1500, 2500], [1, 2])
+    assert "the seeds of sdac on Hopper-v4 have no evaluation at a common step" in tool("plot.py", "mine")
+    csv_file = mine / "Hopper-v4__x__2.csv"
+    csv_file.unlink()
+    error = tool("plot.py", "mine")
+    assert "cannot be drawn" in error and str(csv_file) in error
+    for wrong in ("", "{}", "[]"):
+        write_run(mine, "Hopper-v4", 2, [1000, 2000], [1, 2])
+        csv_file.with_suffix(".json").write_text(wrong)
+        assert "cannot be drawn" in tool("plot.py", "mine")
+    assert not (mine / "table.md").exists()
+
+
+def test_plot_draws_tasks_of_any_name(plot, tool, tmp_path):
+    write_run(tmp_path / "results" / "mine", "reach", 1, [1000], [1])
+    assert tool("plot.py") == ""
+    assert "| reach | sdac | 1 | 1,000 | 0 | 1.0 |" in (tmp_path / "results/mine/table.md").read_text()
+
+
+def test_record_keeps_what_it_can(tool, tmp_path):
+    """A folder without a finished run is refused in a sentence; the script's hash is kept if the script is there."""
+    run = tmp_path / "runs" / "InvertedPendulum-v4__sac__1__1"
+    assert "cannot be kept (FileNotFoundError: " in tool("record.py", run)
+    run.mkdir(parents=True)
+    torch.save({"algorithm": "sac", "args": {"env_id": "InvertedPendulum-v4"}}, run / "model.pt")
+    (run / "metrics.csv").write_text("global_step,updates,episodic_return\n100,1,5\n")
+    (run / "timing.csv").write_text("global_step,updates,seconds\n")
+    assert "cannot be kept (ValueError: " in tool("record.py", run)
+    (run / "timing.csv").write_text("global_step,updates,seconds\n100,1,9\n")
+    facts = tmp_path / "results" / f"{run.name}.json"
+    assert tool("record.py", run) == "" and json.loads(facts.read_text())["script_sha256"] is None
+    (tmp_path / "sac_continuous_action.py").write_text("1 + 1\n")
+    expected = hashlib.sha256(b"1 + 1\n").hexdigest()
+    assert tool("record.py", run) == "" and json.loads(facts.read_text())["script_sha256"] == expected

@@ -49,7 +49,7 @@ def bayes(step, a_0, a_t):
 
 def sinusoid(t):
     angles = [t * 10_000 ** (-i / 8) for i in range(8)]
-    return torch.tensor([math.sin(x) / 4 for x in angles] + [math.cos(x) / 4 for x in angles], dtype=torch.float64)
+    return torch.tensor([math.sin(x) for x in angles] + [math.cos(x) for x in angles], dtype=torch.float64)
 
 
 def denoise(net, s, a, t):
@@ -204,14 +204,14 @@ def test_denoiser_is_an_mlp_on_the_concatenated_input():
 
 
 def test_time_embedding_is_the_formula_and_tells_all_steps_apart():
-    """[sin, cos](t · 10000^(-i/8))/4; any two of 100 steps are 0.25 apart, and stay apart behind the layers on top."""
+    """[sin, cos](t · 10000^(-i/8)); any two of 100 steps are 1 apart, and stay apart behind the layers on top."""
     net, t = double(sdac.Denoiser, 4, 3), torch.arange(100)
     embedding = net.embed_time(t)
-    # Angles in float32: up to 99, each with two roundings of 6e-8, and divided by 4
-    torch.testing.assert_close(embedding, torch.stack([sinusoid(i) for i in range(100)]), rtol=0, atol=4e-6)
+    # Angles in float32: up to 99, each with two roundings of 6e-8
+    torch.testing.assert_close(embedding, torch.stack([sinusoid(i) for i in range(100)]), rtol=0, atol=1.6e-5)
     torch.testing.assert_close(net.embed_time(t[7]), embedding[7], rtol=0, atol=0)
-    # The distance depends on Δ = t - t' alone, √(Σ_i (2 sin(Δ 10000^(-i/8)/2))²)/4: 0.254 for Δ = 1, more for others
-    assert torch.pdist(embedding).min() > 0.25
+    # The distance depends on Δ = t - t' alone, √(Σ_i (2 sin(Δ 10000^(-i/8)/2))²): 1.02 for Δ = 1, more for others
+    assert torch.pdist(embedding).min() > 1
     assert torch.pdist(net.time_mlp(embedding)).min() > 1e-3
 
 

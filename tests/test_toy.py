@@ -17,11 +17,15 @@ sdac = toy.sdac
 
 DEFAULT = sdac.Args.reverse_proposal
 CUT = toy.Mixture([[0.9, -0.9], [-0.2, 1.2]], 0.2, [0.3, 0.7])  # two modes cut by two edges and a corner of the box
+SCHEDULES = {
+    "log-snr": toy.make_schedule(torch.float64, 10, "log-snr"),
+    "linear": toy.make_schedule(torch.float64, 20, "linear"),
+}
 
 
-def posterior_noise_on_a_grid(target, a_t, t, nodes=801):
+def posterior_noise_on_a_grid(target, a_t, t, schedule, nodes=801):
     """E[ε | a_t] in one or two dimensions, as a sum over a fine regular grid of the box."""
-    signal, noise = toy.EXACT_SCHEDULE.signal[t], toy.EXACT_SCHEDULE.noise[t]
+    signal, noise = schedule.signal[t], schedule.noise[t]
     line = torch.linspace(-1, 1, nodes, dtype=torch.float64)
     grid = torch.cartesian_prod(*[line] * target.dim).view(-1, target.dim)
     rows = []
@@ -33,23 +37,30 @@ def posterior_noise_on_a_grid(target, a_t, t, nodes=801):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("t", [2, 6, 12, 19])
+# (linear, 0) has the narrowest posterior of all levels, a hundredth of the box, (linear, 19) is nearly pure noise
+@pytest.mark.parametrize("kind, t", [("log-snr", 0), ("log-snr", 4), ("log-snr", 9), ("linear", 0), ("linear", 19)])
 @pytest.mark.parametrize(
-    "target",
-    [
-        toy.make_target("two modes", 1),
-        CUT,
-        toy.make_target("ring", 2),
-    ],
-    ids=["two modes", "cut", "ring"],
+    "target", [toy.make_target("two modes", 1), CUT, toy.make_target("ring", 2)], ids=["two modes", "cut", "ring"]
 )
-def test_posterior_noise_is_that_of_a_fine_grid(target, t):
-    generator = torch.Generator().manual_seed(t)
-    a_0 = target.sample(8, generator)
-    a_t = toy.EXACT_SCHEDULE.add_noise(a_0, torch.randn(a_0.shape, generator=generator, dtype=torch.float64), t)
+def test_posterior_noise_is_that_of_a_fine_grid(target, kind, t):
+    a_t = toy.noised(target, 8, t, SCHEDULES[kind], torch.Generator().manual_seed(t))
     torch.testing.assert_close(
-        target.posterior_noise(a_t, t), posterior_noise_on_a_grid(target, a_t, t), atol=1e-4, rtol=0
+        target.posterior_noise(a_t, t, SCHEDULES[kind]),
+        posterior_noise_on_a_grid(target, a_t, t, SCHEDULES[kind]),
+        atol=1e-4,
+        rtol=0,
     )
+
+
+@pytest.mark.parametrize("name, dim", [("two modes", 17), ("ring", 2)])
+@pytest.mark.parametrize("t", [1, 5, 9])
+def test_noised_samples_have_the_noise_that_is_expected_of_them(name, dim, t):
+    """E[E[ε | a_t]] = 0 and E[E[ε | a_t] · a_t] = √(1-ᾱ_t) d: also where a grid has too many dimensions."""
+    target, schedule = toy.make_target(name, dim), SCHEDULES["log-snr"]
+    a_t = toy.noised(target, 4000, t, schedule, torch.Generator().manual_seed(t))
+    eps = target.posterior_noise(a_t, t, schedule)
+    for values, expected in ((eps.mean(1), 0), ((eps * a_t).mean(1), schedule.noise[t])):
+        assert abs(values.mean() - expected) < 4.5 * values.std() / math.sqrt(len(values))
 
 
 @pytest.mark.parametrize("target", [CUT, toy.make_target("ring", 2)], ids=["cut", "ring"])
@@ -70,23 +81,57 @@ def test_true_samples_have_the_moments_of_the_energy(target):
         assert abs(values.mean() - expected) < 4.5 * values.std() / math.sqrt(n) + 0.005
 
 
+def test_other_end_points_are_those_of_the_script_by_default_and_even_in_the_power_that_is_asked_for():
+    ends = sdac.MIN_NOISE_TO_SIGNAL, sdac.MAX_NOISE_TO_SIGNAL
+    ours, scripts = toy.Spaced(10, *ends), SCHEDULES["log-snr"]
+    assert vars(ours).keys() == vars(scripts).keys()
+    for name, table in vars(scripts).items():
+        np.testing.assert_allclose(vars(ours)[name], table, rtol=1e-9, atol=1e-9, err_msg=name)
+    curved = toy.Spaced(10, 0.05, 4, rho=7)
+    roots = (curved.noise / curved.signal) ** (1 / 7)
+    np.testing.assert_allclose(roots.diff(), (4 ** (1 / 7) - 0.05 ** (1 / 7)) / 9, rtol=1e-9)
+    assert roots[0] ** 7 == pytest.approx(0.05) and roots[-1] ** 7 == pytest.approx(4)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_exact_sampling_of_a_gaussian_has_the_moments_of_its_linear_recursion(kind):
+    """Far from the box E[a_0 | a_t] is linear in a_t, so mean and variance follow from step to step by hand."""
+    schedule, mu, sigma, n, dim = SCHEDULES[kind], 0.1, 0.15, 40_000, 6
+    ratio = (schedule.noise / schedule.signal).tolist()
+    # of x = a_t/√ᾱ_t = a_0 + ratio_t ε. One step replaces x by a_0 + r (x - a_0) + ratio_{t-1} √(1-r) z, where
+    # r = (ratio_{t-1}/ratio_t)² and a_0 = μ + g (x - μ), g = σ²/(σ² + ratio_t²), the posterior mean
+    start = 0.5 if kind == "linear" else 1.0
+    mean, variance = 0.0, (start * math.hypot(1, ratio[-1])) ** 2
+    for t in reversed(range(schedule.num_steps)):
+        less = ratio[t - 1] if t else 0.0
+        r, g = (less / ratio[t]) ** 2, sigma**2 / (sigma**2 + ratio[t] ** 2)
+        slope = g + r * (1 - g)
+        mean, variance = mu + slope * (mean - mu), slope**2 * variance + less**2 * (1 - r)
+    denoiser = toy.ExactDenoiser(toy.Mixture([[mu] * dim], sigma, [1.0]), schedule)
+    samples = toy.policy_samples(denoiser, n, torch.Generator().manual_seed(0), schedule)
+    # 4.5 standard errors of a mean and of a standard deviation of n · dim numbers
+    assert samples.mean() == pytest.approx(mean, abs=4.5 * math.sqrt(variance / (n * dim)))
+    assert samples.std() == pytest.approx(math.sqrt(variance), rel=4.5 / math.sqrt(2 * n * dim))
+    assert variance < 0.9 * sigma**2  # so few steps leave a Gaussian too narrow, which would hide in no tolerance
+
+
 def error_of_the_minimiser(proposal, t, n=2000, num_samples=2048):
     """Least squares of (RSM target - truth) on (1, a_t) for a one-dimensional Gaussian in the box: coefficients and
     their standard errors. The minimiser of the loss has this error in its level and its slope."""
-    target, generator = toy.make_target("broad", 1), torch.Generator().manual_seed(t)
-    a_0 = target.sample(n, generator)
-    a_t = toy.EXACT_SCHEDULE.add_noise(a_0, torch.randn(a_0.shape, generator=generator, dtype=torch.float64), t)
-    critics = lambda obs, actions: target.energy(actions).expand(2, -1, -1)  # noqa: E731
-    steps, uniform = torch.full((n, 1), t), torch.rand(n, num_samples, 1, generator=generator, dtype=torch.float64)
-    eps, _ = sdac.rsm_target(critics, toy.EXACT_SCHEDULE, None, a_t, steps, 1.0, uniform, proposal)
-    error, design = eps - target.posterior_noise(a_t, t), torch.cat([torch.ones_like(a_t), a_t], dim=1)
+    target, schedule = toy.Mixture([[0.25]], 0.5, [1.0]), SCHEDULES["log-snr"]
+    generator = torch.Generator().manual_seed(t)
+    a_t = toy.noised(target, n, t, schedule, generator)
+    uniform = torch.rand(n, num_samples, 1, generator=generator, dtype=torch.float64)
+    eps, a_hat = sdac.reverse_samples(schedule, a_t, torch.full((n, 1), t), uniform, proposal)
+    eps, _ = sdac.rsm_target(eps, target.energy(a_hat), 1.0)
+    error, design = eps - target.posterior_noise(a_t, t, schedule), torch.cat([torch.ones_like(a_t), a_t], dim=1)
     inverse = torch.linalg.inv(design.T @ design)
     coefficients = inverse @ design.T @ error
     residual = (error - design @ coefficients).square().sum() / (n - 2)
     return coefficients[:, 0], (residual * inverse.diagonal()).sqrt()
 
 
-@pytest.mark.parametrize("t", [2, 6, 10, 15])
+@pytest.mark.parametrize("t", [3, 5, 7, 9])
 def test_the_default_proposal_learns_the_score_of_a_gaussian_and_clip_does_not(t):
     error, standard_errors = error_of_the_minimiser(DEFAULT, t)
     assert (error.abs() < 4.5 * standard_errors).all()
@@ -96,40 +141,13 @@ def test_the_default_proposal_learns_the_score_of_a_gaussian_and_clip_does_not(t
 
 def test_training_reaches_the_score_that_true_samples_give_and_clip_does_not():
     """All networks see the same number of noised actions; denoising has true samples of exp(Q/λ)."""
-    error = {
-        method: toy.train("Gaussian", 1, method, 64, 1, steps=300)[0]["score_error"]
-        for method in ("denoising", DEFAULT, "clip")
-    }
+    error = {}
+    for method in ("denoising", DEFAULT, "clip"):
+        denoiser = toy.train("Gaussian", 3, method, seed=1, steps=300)
+        error[method] = toy.score_errors(denoiser, "Gaussian", 3, toy.DEFAULT)[1]
     assert error["denoising"] < 0.3
     assert error[DEFAULT] < 1.25 * error["denoising"]
     assert error["clip"] > 2 * error[DEFAULT]
-
-
-@pytest.mark.parametrize("kind", ["independent", "antithetic", "stratified", "sobol"])
-def test_every_kind_of_points_estimates_means_over_the_cube_without_bias(kind):
-    sets, generator = 2000, torch.Generator().manual_seed(3)
-    points = toy.uniforms(kind, sets, 8, 3, generator)
-    assert ((points >= 0) & (points < 1)).all()
-    # E f = 1/2, 1/3, 1/8, 2/π, the last two not sums over coordinates; 4.5 standard errors over independent sets
-    functions = [points[..., 1], points[..., 0] ** 2, points.prod(-1), torch.sin(math.pi * points[..., 2])]
-    for values, expected in zip(functions, [1 / 2, 1 / 3, 1 / 8, 2 / math.pi], strict=True):
-        means = values.mean(1)
-        assert abs(means.mean() - expected) < 4.5 * means.std() / math.sqrt(sets) + 1e-12
-    first = points[:, 0]  # and each single point is uniform: Kolmogorov-Smirnov, p < 1e-5
-    steps = torch.arange(1, sets + 1, dtype=torch.float64)[:, None] / sets
-    assert ((first.sort(0)[0] - steps).abs().max(0)[0] < 2.5 / math.sqrt(sets)).all()
-
-
-def test_local_mixture_converges_to_the_closed_form():
-    target, t, generator = toy.make_target("two modes", 2), 5, torch.Generator().manual_seed(0)
-    a_0 = target.sample(30, generator)
-    a_t = toy.EXACT_SCHEDULE.add_noise(a_0, torch.randn(a_0.shape, generator=generator, dtype=torch.float64), t)
-    true = target.posterior_noise(a_t, t)
-    anchors = {"near": a_0, "anywhere": torch.zeros_like(a_0)}
-    for anchor in anchors.values():
-        few, many = (toy.local_mixture(target, anchor, a_t, t, m, 0.3, generator) for m in (400, 40_000))
-        few, many = ((x - true).square().mean().sqrt() for x in (few, many))
-        assert many < 0.02 and many < few / 4  # a hundred times the samples, a tenth of the error
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
@@ -141,14 +159,23 @@ def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
     assert toy.sliced_wasserstein(x, x + shift) == pytest.approx(0.65, abs=4.5 * 1.3 / math.sqrt(12 * 128))
 
 
-def test_relative_errors_compare_mean_squares_over_points_and_dimensions():
-    name, dim = "two modes", 2
-    exact = toy.ExactDenoiser(toy.make_target(name, dim))
+def test_the_share_of_the_first_mode_is_its_weight():
+    samples = toy.make_target("two modes", 6).sample(20_000, torch.Generator().manual_seed(0))
+    # the box cuts both modes alike; 4.5 standard errors
+    assert toy.measure(samples, "two modes", 6)["first_mode"] == pytest.approx(0.8, abs=4.5 * 0.4 / math.sqrt(20_000))
 
-    class Shifted:
-        embed_obs, embed_time = exact.embed_obs, exact.embed_time
 
-        def __call__(self, context, a_t):
-            return 1.5 * exact(context, a_t[:, None])[:, 0]
-
-    np.testing.assert_allclose(toy.relative(toy.score_errors(Shifted(), name, dim)), 0.5, rtol=1e-5)
+def test_score_errors_compare_mean_squares_at_every_level_and_over_all_of_them():
+    exact = toy.ExactDenoiser(toy.make_target("two modes", 2), SCHEDULES["log-snr"])
+    times_1_5 = lambda obs, a_t, t: 1.5 * exact(obs, a_t, t)  # noqa: E731
+    of_t, overall = toy.score_errors(times_1_5, "two modes", 2, {"schedule": "log-snr", "T": 10})
+    np.testing.assert_allclose([*of_t, overall], 0.5, atol=1e-4)
+    # 1.5 for half of the levels and 1 for the others: over all of them, the mean squares of the truth are the weights
+    squares = []
+    for t in range(10):
+        a_t = toy.noised(exact.target, 4000, t, exact.schedule, torch.Generator().manual_seed(t))
+        squares.append(exact.target.posterior_noise(a_t, t, exact.schedule).square().mean().item())
+    half = lambda obs, a_t, t: (1.5 if t < 5 else 1) * exact(obs, a_t, t)  # noqa: E731
+    of_t, overall = toy.score_errors(half, "two modes", 2, {"schedule": "log-snr", "T": 10})
+    np.testing.assert_allclose(of_t, [0.5] * 5 + [0] * 5, atol=1e-4)
+    assert overall == pytest.approx(0.5 * math.sqrt(sum(squares[:5]) / sum(squares)), rel=0.05)
