@@ -855,6 +855,7 @@ def train(args, agent, device, checkpoint):
         print(f"final {evaluations[-1][1]}\nbest  {max(evaluations)[1]}")
     if args.save_model:
         model = {"policy": agent.ema_policy.state_dict(), "critics": agent.critics.state_dict()}
+        model["q_spread"] = agent.q_spread  # σ_Q of --temperature relative
         with guard("writing model.pt"):
             save(run_dir / "model.pt", args, model)
         print(f"watch: python {Path(__file__).name} --env-id {args.env_id} --evaluate {run_dir} --capture-video")
@@ -884,6 +885,7 @@ def main(args, checkpoint=None):
     try:
         agent.ema_policy.load_state_dict(model["policy"])
         agent.critics.load_state_dict(model["critics"])
+        agent.q_spread.copy_(model["q_spread"])
     except Exception:
         fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
     name = re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")

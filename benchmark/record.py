@@ -44,7 +44,7 @@ def collect(run):
     script = run.resolve().parent.parent / f"{model['algorithm']}_continuous_action.py"
     facts = {
         "algorithm": model["algorithm"],
-        "args": model["args"],
+        "args": model["args"] | {"resume": None},  # a path of this machine, if the run was interrupted
         "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest() if script.is_file() else None,
         "versions": versions(),
         "machine": {

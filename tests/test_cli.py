@@ -185,6 +185,23 @@ def test_model_is_optional(main, script):
     assert len(read_table(run_dir / "metrics.csv")) == 2 and not list(run_dir.glob("model*"))
 
 
+@pytest.mark.parametrize("script", SCRIPTS[:1])
+def test_files_hold_the_spread_of_q(main):
+    """σ_Q of --temperature relative is in the checkpoint and in the model, and a resumed run goes on from it."""
+    folder = main(*PENDULUM, *small_flags("sdac_continuous_action"), "--temperature", "relative")
+    (run_dir,) = folder.glob("runs/*")
+
+    def spreads():
+        checkpoint, model = (torch.load(run_dir / f"{x}.pt", weights_only=True) for x in ("checkpoint", "model"))
+        return checkpoint["agent"]["q_spread"].item(), model["q_spread"].item()
+
+    before, same = spreads()
+    assert before == same > 0
+    main("--resume", run_dir, "--total-timesteps", 64)  # one more update of the policy moves it by at most 1%
+    after, same = spreads()
+    assert after == same != before and after == pytest.approx(before, rel=0.1)
+
+
 def test_evaluate_repeats_the_last_evaluation(script, trained, main, capsys, tmp_path):
     """--evaluate prints the last evaluation of the run, from the run folder and from its file, and writes nothing."""
     before = {path: path.read_bytes() for path in trained.run_dir.iterdir()}
