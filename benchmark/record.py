@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -22,8 +23,9 @@ from speed import cpu_name, versions
 
 def random_policy_return(env_id, episodes=20):
     """Mean and standard deviation of the return of uniformly random actions, seeds 0..episodes-1."""
-    gym.logger.min_level = gym.logger.ERROR  # silent about newer versions of the task
-    env, returns = gym.make(env_id), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about newer versions of the task
+        env, returns = gym.make(env_id), []
     env.action_space.seed(0)
     for seed in range(episodes):
         env.reset(seed=seed)
