@@ -4,26 +4,19 @@ The policy is a Gaussian squashed by tanh into the box of actions; it maximises 
 and the temperature α is tuned so that the policy's entropy stays near its target of -d.
 
     python sac_continuous_action.py --env-id Humanoid-v4 --cuda     # train; curves: tensorboard --logdir runs
-    python sac_continuous_action.py --env-id Humanoid-v4 --evaluate runs/<run name>/model.pt --capture-video
+    python sac_continuous_action.py --evaluate runs/<run name> --capture-video
 
 Paper: Haarnoja, Zhou, Hartikainen, et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
-Environments, warm-up, critics, batch, learning rates and reward scale are SDAC's, so that the two files compare
-algorithms at an equal budget: 5 environments and one update per vector step. --num-envs 1 is the classic one update
-per environment step. Unlike CleanRL's SAC, networks have three mish layers instead of two ReLU layers, the critics
-learn at the policy's rate, and the policy is updated once per update instead of twice every second one.
+What is not the algorithm is SDAC's: environments, warm-up, critics, batch, learning rates, reward scale, and one update
+per step of 5 environments. --num-envs 1 is the classic one update per environment step.
+Notation: s observation, a action in [-1, 1]^d.  Shapes: B batch, d action dimension, N actions per state."""
 
-Shapes: B batch, d action dimension, H hidden width.
-
-The algorithm ends with class Agent; evaluation, input checks, files and the training loop follow it.
-"""
-
-import csv
+import copy
 import ctypes
-import difflib
 import itertools
 import math
 import os
-import re
+import shutil
 import signal
 import sys
 import time
@@ -31,43 +24,40 @@ import warnings
 import zipfile
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
-# Idle threads of OpenMP sleep after a short spin; or else, where cores are shared, they keep busy ones from working
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when PyTorch is imported
+# Read when PyTorch is imported. Idle OpenMP threads sleep after a short spin, and do not keep busy ones from working
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault(
+    "TORCH_LOGS", "-dynamo"
+)  # no pages of text on a network that cannot be compiled; it runs uncompiled
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-ALGORITHM = "sac"
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
+REPORT = "evaluation at step {}: return {:.1f} +/- {:.1f}, length {:.0f}"
 
 
 @dataclass
 class Args:
     exp_name: str = Path(__file__).stem  # the name of this experiment
     seed: int = 1  # seed of the networks, the sampling and the environments
-    torch_deterministic: bool = True  # ask PyTorch for deterministic kernels where it has them
     cuda: bool = True  # train on the GPU if there is one
     track: bool = False  # also log to Weights & Biases
-    wandb_project_name: str = "sac"  # the W&B project
+    wandb_project_name: str = "sdac"  # the W&B project
     wandb_entity: str | None = None  # the W&B team
     capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
-    save_model: bool = True  # write model.pt into the run folder at the end
-    evaluate: str | None = None  # evaluate this model.pt (or its run folder) instead of training
-    resume: str | None = None  # go on with the training of this run folder (or its checkpoint.pt)
-    compile: bool = not torch.cuda.is_available()  # torch.compile the networks (on CUDA not by default: untried)
-    cudagraphs: bool = False  # on CUDA, record the update once and replay it (untried)
+    evaluate: str | None = None  # evaluate the policy of this run folder, model.pt or checkpoint.pt, and end
+    resume: str | None = None  # go on with the training of this run folder
+    compile: bool = bool(shutil.which("g++")) and not torch.cuda.is_available()  # the networks (on CUDA: untried)
 
     env_id: str = "HalfCheetah-v4"  # the Gymnasium task
     total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
@@ -79,7 +69,7 @@ class Args:
     checkpoint_frequency: int | None = None  # steps between checkpoints, where episodes begin anew (default: as above)
 
     gamma: float = 0.99  # discount factor γ
-    tau: float = 0.005  # rate of the moving average (target critics)
+    tau: float = 0.005  # rate of the moving averages of networks
     batch_size: int = 256  # transitions in an update
     policy_lr: float = 3e-4  # learning rate of the policy
     q_lr: float = 3e-4  # learning rate of the critics
@@ -89,85 +79,73 @@ class Args:
     alpha_lr: float = 3e-4  # learning rate of log α
 
 
-# ---- The Gaussian policy and the critics ----
-
-
 def mish(x):
     """x·tanh(softplus(x)). Compiled, it is written with one exponential, w = exp(x): x·n/(n+2), n = w(w+2)."""
     if not torch.compiler.is_compiling():
-        return F.mish(x)
+        return nn.functional.mish(x)
     w = x.clamp(max=20).exp()
     n = w * (w + 2)
     return x * n / (n + 2)
 
 
-class Actor(nn.Module):
-    """Mean and log standard deviation of the Gaussian before tanh, an MLP on s."""
+class MLP(nn.Module):
+    """A network of (c, a), c computed once per state and a an action, or several such networks side by side. Its first
+    layer is a sum of a term in c and a term in a, so that the former serves all actions of a state."""
 
+    def __init__(self, context_dim, action_dim, output_dim, copies=(), hidden_dim=256):
+        super().__init__()
+        self.inputs, self.weights, self.biases = [context_dim, action_dim], nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise([context_dim + action_dim, *[hidden_dim] * 3, output_dim]):
+            self.weights.append(torch.empty(*copies, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+            self.biases.append(torch.empty(*copies, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+
+    def forward(self, context, actions):
+        """Context (B, c), actions (B, N, d) -> outputs (*copies, B, N, output_dim)."""
+        context_weight, action_weight = self.weights[0].split(self.inputs, dim=-2)
+        context = context @ context_weight + self.biases[0]
+        h = (actions.flatten(0, 1) @ action_weight).unflatten(-2, actions.shape[:2])
+        h = mish(context[..., None, :] + h).flatten(-3, -2)
+        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
+            h = mish(h @ weight + bias)
+        return (h @ self.weights[-1] + self.biases[-1]).unflatten(-2, actions.shape[:2])
+
+
+class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_dim=256):
         super().__init__()
-        self.input_layer = nn.Linear(obs_dim, hidden_dim)
-        self.hidden_layers = nn.ModuleList([nn.Linear(hidden_dim, hidden_dim) for _ in range(2)])
-        self.output_layer = nn.Linear(hidden_dim, 2 * action_dim)
+        sizes = [obs_dim, hidden_dim, hidden_dim, hidden_dim, 2 * action_dim]
+        self.layers = nn.ModuleList([nn.Linear(fan_in, fan_out) for fan_in, fan_out in itertools.pairwise(sizes)])
 
     def forward(self, obs):
-        """(B, obs_dim) -> mean, log_std, both (B, d); log_std is squashed into [LOG_STD_MIN, LOG_STD_MAX]."""
-        h = mish(self.input_layer(obs))
-        for layer in self.hidden_layers:
-            h = mish(F.linear(h, layer.weight) + layer.bias)  # compiled, the bias is added in mish's pass over memory
-        mean, log_std = self.output_layer(h).chunk(2, dim=1)
+        """Mean and log standard deviation (B, d) of the Gaussian before tanh, the latter squashed into its range."""
+        for layer in self.layers[:-1]:
+            obs = mish(nn.functional.linear(obs, layer.weight) + layer.bias)
+        mean, log_std = self.layers[-1](obs).chunk(2, dim=1)
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
 
 
-class Critics(nn.Module):
-    """Twin critics Q_1, Q_2 as one batched MLP on (s, a)."""
-
-    def __init__(self, obs_dim, action_dim, hidden_dim=256):
-        super().__init__()
-        sizes = [obs_dim + action_dim, hidden_dim, hidden_dim, hidden_dim, 1]
-        self.obs_dim = obs_dim
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in itertools.pairwise(sizes):  # initialised as nn.Linear is
-            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-            self.biases.append(torch.empty(2, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-
-    def forward(self, obs, actions):
-        """Values (2, B, N) of N actions in each of B states: obs (B, obs_dim), actions (B, N, d)."""
-        obs_weight, action_weight = self.weights[0].split([self.obs_dim, actions.shape[-1]], dim=1)
-        context = obs @ obs_weight + self.biases[0]  # once per state: (2, B, H)
-        h = mish(context[:, :, None] + (actions.flatten(0, 1) @ action_weight).unflatten(1, actions.shape[:2]))
-        h = h.flatten(1, 2)
-        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
-            h = mish(h @ weight + bias)
-        return (h @ self.weights[-1] + self.biases[-1]).view(2, *actions.shape[:2])
+def min_q(critics, obs, actions):
+    """min_j Q_j(s, a) (B, N) of N actions in each of B states: obs (B, obs_dim), actions (B, N, d)."""
+    return critics(obs, actions).amin(0)[..., 0]
 
 
 class ReplayBuffer:
     """The last `size` transitions, one row each: a batch is one indexing operation."""
 
     def __init__(self, size, obs_dim, action_dim, device):
-        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
-        self.size, self.position, self.filled = size, 0, 0
-        needed, free = 4 * size * sum(self.sizes), free_memory(device)
-        if needed > free:
-            fail(
-                f"--buffer-size {size} asks for {needed / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free; "
-                "choose a smaller --buffer-size"
-            )
-        self.rows = torch.empty(size, sum(self.sizes), device=device)
+        self.widths, self.added = [obs_dim, action_dim, 1, obs_dim, 1], 0
+        self.rows = torch.empty(size, sum(self.widths), device=device)
 
     def add(self, obs, actions, rewards, next_obs, terminations):
         """Append N transitions in ring order: obs, next_obs (N, obs_dim), actions (N, d), the others (N,)."""
         rows = torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None]], dim=1)
-        index = (self.position + torch.arange(len(rows), device=rows.device)) % self.size
-        self.rows[index] = rows
-        self.position = (self.position + len(rows)) % self.size
-        self.filled = min(self.filled + len(rows), self.size)
+        self.rows[(self.added + torch.arange(len(rows), device=rows.device)) % len(self.rows)] = rows
+        self.added += len(rows)
 
     def sample(self, batch_size, generator):
         """obs, actions, rewards, next_obs, terminations, drawn uniformly with replacement."""
-        index = torch.randint(self.filled, (batch_size,), generator=generator, device=self.rows.device)
-        obs, actions, rewards, next_obs, terminations = self.rows[index].split(self.sizes, dim=1)
+        i = torch.randint(min(self.added, len(self.rows)), (batch_size,), generator=generator, device=self.rows.device)
+        obs, actions, rewards, next_obs, terminations = self.rows[i].split(self.widths, dim=1)
         return obs, actions, rewards[:, 0], next_obs, terminations[:, 0]
 
 
@@ -179,14 +157,8 @@ def sample_actions(actor, obs, generator):
     eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     u = mean + log_std.exp() * eps
     log_normal = -0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh² u) without cancellation
+    log_derivative = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh² u) without cancellation
     return u.tanh(), (log_normal - log_derivative).sum(1)
-
-
-@torch.no_grad()
-def ema_update(average, source, tau):
-    """average ← τ source + (1-τ) average, for every parameter of two modules."""
-    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), tau)
 
 
 def gradient_step(optimizer, loss):
@@ -195,124 +167,83 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
-class CudaGraph:
-    """A function of tensors that is called three times, then recorded as a CUDA graph, and replayed from then on: the
-    same kernels in one launch. Each replay overwrites the tensors that the one before it returned."""
-
-    def __init__(self, function):
-        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self, tensors, generator):
-        self.calls += 1
-        if self.calls <= 3:  # until kernels are chosen and optimisers set up
-            return self.function(tensors, generator)
-        if self.calls == 4:
-            self.inputs = [x.clone() for x in tensors]
-            self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.outputs = self.function(self.inputs, generator)
-        torch._foreach_copy_(self.inputs, tensors)
-        self.graph.replay()
-        return self.outputs
-
-
 class Agent(nn.Module):
-    """Policy, critics, their moving average and optimisers. act() takes actions, update() learns from a batch."""
+    """Policy, critics, their moving averages and optimisers. act() takes actions, update() learns from a batch."""
 
     def __init__(self, args, obs_dim, action_dim, device):
         super().__init__()
-        self.args, self.obs_dim, self.action_dim, self.updates = args, obs_dim, action_dim, 0
-        self.policy = Actor(obs_dim, action_dim)
-        self.critics, self.target_critics = Critics(obs_dim, action_dim), Critics(obs_dim, action_dim)
-        self.target_critics.load_state_dict(self.critics.state_dict())
+        self.args, self.action_dim, self.updates = args, action_dim, 0
+        self.policy, self.critics = Actor(obs_dim, action_dim), MLP(obs_dim, action_dim, 1, copies=(2,))
+        self.target_critics = copy.deepcopy(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.to(device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
-        self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
-        self.policy_optimizer = adam(self.policy.parameters(), lr=args.policy_lr)
-        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
+        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr, fused=True)
+        self.optimizers = [self.q_optimizer, self.policy_optimizer, self.alpha_optimizer]
         if args.compile:
             for network in self.children():
                 network.compile(dynamic=True)  # one compilation for all numbers of states
-        if args.cudagraphs:
-            self.update_critics, self.update_policy = CudaGraph(self.update_critics), CudaGraph(self.update_policy)
 
     @torch.no_grad()
-    def act(self, obs, generator, explore):
-        """Actions (B, d) in the environment: samples of the policy, or the tanh of its mean."""
+    def act(self, obs, generator, explore=True):
+        """Actions (B, d): samples of the policy, or the tanh of its mean."""
         return sample_actions(self.policy, obs, generator)[0] if explore else self.policy(obs)[0].tanh()
 
-    def update_critics(self, batch, generator):
-        """Mean squared error to r + γ (min_j Q̄_j(s', a') - α log π(a'|s')). Returns metrics."""
-        obs, actions, rewards, next_obs, terminations = batch
-        args, alpha = self.args, self.log_alpha.detach().exp()
+    def update(self, batch, generator):
+        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
+        args, (obs, actions, rewards, next_obs, terminations) = self.args, batch
+        self.updates += 1
+        alpha = self.log_alpha.detach().exp()
+
+        # Critics: mean squared error to r + γ (min_j Q̄_j(s', a') - α log π(a'|s'))
         with torch.no_grad():
             next_actions, next_log_prob = sample_actions(self.policy, next_obs, generator)
-            next_q = self.target_critics(next_obs, next_actions[:, None]).amin(0)[:, 0] - alpha * next_log_prob
+            next_q = min_q(self.target_critics, next_obs, next_actions[:, None])[:, 0] - alpha * next_log_prob
             target_q = args.reward_scale * rewards + args.gamma * (1 - terminations) * next_q
-        q = self.critics(obs, actions[:, None])[..., 0]
+        q = self.critics(obs, actions[:, None])[..., 0, 0]
         q_losses = (q - target_q).square().mean(1)
         gradient_step(self.q_optimizer, q_losses.sum())
         metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha}
         metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
+
+        if self.updates % args.policy_frequency == 0:
+            metrics |= self.update_policy(obs, alpha, generator)
+        if self.updates % args.target_network_frequency == 0:
+            with torch.no_grad():  # average ← τ source + (1-τ) average
+                for average, source in [(self.target_critics, self.critics)]:
+                    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), args.tau)
         return {name: value.detach() for name, value in metrics.items()}
 
-    def update_policy(self, batch, generator):
+    def update_policy(self, obs, alpha, generator):
         """Maximise min_j Q_j(s, a) - α log π(a|s); raise α while the policy's entropy is below its target -d, lower it
         while it is above. Returns metrics."""
-        obs, alpha = batch[0], self.log_alpha.detach().exp()
         new_actions, log_prob = sample_actions(self.policy, obs, generator)
         self.critics.requires_grad_(False)  # here the gradient is wanted in the actions, not in the critics' weights
-        loss = (alpha * log_prob - self.critics(obs, new_actions[:, None]).amin(0)[:, 0]).mean()
+        loss = (alpha * log_prob - min_q(self.critics, obs, new_actions[:, None])[:, 0]).mean()
         gradient_step(self.policy_optimizer, loss)
         self.critics.requires_grad_(True)
         entropy, target_entropy = -log_prob.detach().mean(), -self.action_dim
         gradient_step(self.alpha_optimizer, -self.log_alpha.exp() * (target_entropy - entropy))
-        return {"actor_loss": loss.detach(), "entropy": entropy}
-
-    def update(self, batch, generator):
-        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
-        self.updates += 1
-        metrics = self.update_critics(batch, generator)
-        if self.updates % self.args.policy_frequency == 0:
-            metrics = metrics | self.update_policy(batch, generator)
-        if self.updates % self.args.target_network_frequency == 0:
-            ema_update(self.target_critics, self.critics, self.args.tau)
-        return metrics
+        return {"actor_loss": loss, "entropy": entropy}
 
 
-# ---- Environments ----
-
-
-def make_env(env_id, video=None):
-    """The task with actions rescaled from its own bounds to [-1, 1]; its first episode is filmed if video is a path."""
-    env = gym.make(env_id, render_mode="rgb_array" if video else None)
+def make_envs(env_id, num_envs, video=None):
+    """num_envs copies of the task, actions rescaled from its own bounds to [-1, 1]; the first episode of the first one
+    is filmed if video is a path. With SAME_STEP, the last observation of an episode is in infos["final_obs"]."""
+    envs = [gym.make(env_id, render_mode="rgb_array" if video and i == 0 else None) for i in range(num_envs)]
     if video:
-        first = lambda episode: episode == 0  # noqa: E731
-        env = gym.wrappers.RecordVideo(env, video.parent, first, name_prefix=video.name, disable_logger=True)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        names = {"video_folder": video.parent, "name_prefix": video.name, "disable_logger": True}
+        envs[0] = gym.wrappers.RecordVideo(envs[0], episode_trigger=lambda episode: episode == 0, **names)
+    makers = [partial(gym.wrappers.RescaleAction, env, np.float32(-1), np.float32(1)) for env in envs]
+    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-def make_vector_env(env_fns):
-    # With SAME_STEP, an episode's true last observation is in infos["final_obs"] and no step is spent on the reset
-    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-
-
-def final_observations(next_obs, infos):
-    """Observations that the actions led to: of an episode that ended, its last one, not the first after the reset."""
-    next_obs = next_obs.copy()
-    for i in np.flatnonzero(infos.get("_final_obs", [])):
-        next_obs[i] = infos["final_obs"][i].reshape(next_obs[i].shape)  # or else it could be broadcast
-    return next_obs
-
-
-def evaluate(agent, args, device, video=None):
-    """Mean and spread of the returns of --eval-episodes episodes, one per environment, without exploration noise.
-
-    Every evaluation starts from the same seeds and leaves the training's environments and random stream alone."""
-    n, seed = args.eval_episodes, args.seed + 1_000_000
-    envs = make_vector_env([partial(make_env, args.env_id, video if i == 0 else None) for i in range(n)])
-    generator = torch.Generator(device).manual_seed(seed)
+def evaluate(agent, args, device, name=None):
+    """Mean and spread of the returns of --eval-episodes episodes, one per environment, without exploration noise. Every
+    evaluation starts from the same seeds and leaves the training's environments and random stream alone."""
+    n, seed, video = args.eval_episodes, args.seed + 1_000_000, Path("videos", name) if args.capture_video else None
+    envs, generator = make_envs(args.env_id, n, video), torch.Generator(device).manual_seed(seed)
     obs, _ = envs.reset(seed=seed)
     returns, lengths, running = np.zeros(n), np.zeros(n), np.ones(n, dtype=bool)
     while running.any():
@@ -322,385 +253,187 @@ def evaluate(agent, args, device, video=None):
         lengths += running
         running &= ~(terminations | truncations)
     envs.close()
-    result = {"episodic_return": returns.mean(), "episodic_return_std": returns.std()}
-    return result | {"episodic_length": lengths.mean()}
+    return {"episodic_return": returns.mean(), "episodic_return_std": returns.std(), "episodic_length": lengths.mean()}
 
 
-# ---- Input, devices, files ----
+@contextmanager
+def one_sentence(what, status=2):
+    """What goes wrong inside ends the program with one sentence. Status 2: bad input; 1: the training cannot go on."""
+    try:
+        yield
+    except Exception as error:
+        print("error:", what, *(str(error) or type(error).__name__).split()[:80], file=sys.stderr)
+        sys.exit(status)
 
 
-def fail(message, status=2):
-    """One sentence on stderr. Exit status 2: bad input, before anything is written; 1: training cannot go on."""
-    print("error:", *message.split(), file=sys.stderr)
-    sys.exit(status)
+def parse(argv=None):
+    """The arguments, and what the run of --resume or --evaluate has saved; its arguments are then the defaults."""
+    args = tyro.cli(Args, args=argv)
+    source = args.evaluate if args.resume is None else args.resume
+    if source is None:
+        return args, None
+    with one_sentence(f"{source!r} is no run folder or file that this version of {Path(__file__).name} can use:"):
+        path = Path(source, "checkpoint.pt") if os.path.isdir(source) else Path(source)
+        path = path if args.resume is None else path.with_name("checkpoint.pt")
+        if zipfile.ZipFile(path).testzip():  # compares checksums, which torch.load does not
+            raise ValueError("it is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True) | {"run_dir": path.resolve().parent}
+        defaults = replace(Args(**state["args"]), evaluate=args.evaluate, resume=args.resume)
+    return tyro.cli(Args, args=argv, default=defaults), state
 
 
 def validate(args):
-    """Refuse bad arguments, in one sentence, before any work. Returns the task's obs_dim and action_dim."""
-    limits = {
-        "seed": (0 <= args.seed < 2**31, "from 0 to 2147483647"),
-        "gamma": (0 <= args.gamma <= 1, "from 0 to 1"),
-        "tau": (0 < args.tau <= 1, "above 0 and at most 1"),
-    }
-    for name, value in asdict(args).items():
-        if type(value) is int:
-            limits.setdefault(name, (value >= 1, "of at least 1"))
-        elif type(value) is float:
-            limits.setdefault(name, (0 < value < math.inf, "above 0 and finite"))
-    for name, (allowed, interval) in limits.items():
-        if not allowed:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; give a value {interval}")
-    if args.learning_starts > args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps {args.total_timesteps}; lower it")
-    stored = min(args.learning_starts // args.num_envs * args.num_envs, args.buffer_size)
-    if args.batch_size > stored or args.num_envs > args.buffer_size:
-        fail(
-            f"--batch-size {args.batch_size} is more than the {stored} transitions stored when learning starts; "
-            "lower it, or raise --learning-starts or --buffer-size"
-        )
-    try:
-        env = gym.make(args.env_id, render_mode=None)
-    except Exception as error:  # a task's constructor may raise anything
-        similar = difflib.get_close_matches(args.env_id, gym.registry.keys() - {args.env_id}, n=3)
-        hint = f"; similar names: {', '.join(similar)}" if similar else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        fail(f"--env-id {args.env_id} cannot be made: {reason}{hint}")
-    for kind, space in {"observations": env.observation_space, "actions": env.action_space}.items():
+    """Raises ValueError for arguments or a task with which training cannot work. Returns obs_dim and action_dim."""
+    ranges, least = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "tau": (1e-9, 1)}, max(args.num_envs, args.batch_size)
+    ranges |= {"learning_starts": (least, args.total_timesteps), "buffer_size": (least, 10**12)}
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1, 10**12) if type(value) is int else (1e-12, 1e12))
+        if type(value) in (int, float) and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a value from {low} to {high}")
+    env = gym.make(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+    for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
-            fail(f"{args.env_id} has {kind} in {space}; choose a task with real vectors, as MuJoCo's have")
-    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-        fail(f"{args.env_id} has unbounded actions, {env.action_space}; choose a task with finite bounds")
-    if not (env.action_space.low < env.action_space.high).all():
-        fail(f"{args.env_id} has actions without a range, {env.action_space}; choose a task where low < high")
-    if args.capture_video:
-        try:
-            film = gym.make(args.env_id, render_mode="rgb_array")
-            film.reset(seed=args.seed)
-            film.render()
-            film.close()
-        except Exception as error:
-            sys.unraisablehook = lambda _: None  # the half-made renderer fails once more when it is deleted
-            fail(
-                f"--capture-video cannot render {args.env_id} ({type(error).__name__}); set MUJOCO_GL=egl (with a GPU) "
-                "or MUJOCO_GL=osmesa (without one; needs the OSMesa library)"
-            )
+            raise ValueError(f"{args.env_id} has {space}; choose a task with real vectors as observations and actions")
+    if not (np.isfinite(space.high - space.low) & (space.low < space.high)).all():
+        raise ValueError(f"{args.env_id} has actions in {space}; choose a task with finite bounds, low < high")
+    if args.capture_video:  # rather now than at the first evaluation
+        env.reset()
+        env.render()
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
 def set_up_torch(args):
-    """Seed, determinism, and what makes PyTorch fast. Returns the device; turns --compile off where it cannot work."""
+    """Seeds PyTorch and makes it fast on a CPU. Returns the device."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    missing = " (--cuda is on, but PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
-    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{missing}", flush=True)
+    print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
     torch.manual_seed(args.seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # would write the whole replay buffer at the start
+    torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, networks run uncompiled
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_bw") and not cpu.get("amx_bf16"):  # here "bf16" means oneDNN instead of MKL, still in float32:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # twice as fast on AMD; only AMX would round to bfloat16
     if sys.platform == "linux":  # malloc keeps what is freed; or else each large tensor is mapped anew, page by page
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-    args.cudagraphs &= device.type == "cuda"
-    if args.cudagraphs:
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
-    if args.compile:
-        try:
-            torch.compile(torch.neg)(torch.zeros(2, device=device))
-        except Exception:
-            args.compile = False
-            print("compile: off, since torch.compile finds no compiler here")
     return device
 
 
-def free_memory(device):
-    """Bytes that can still be allocated on the device; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not os.path.exists("/proc/meminfo"):
-        return math.inf
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def save(path, args, contents):
-    """torch.save through a temporary file in the same folder, so that path always holds a whole file."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **contents}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load(flag, path, name):
-    """What save() wrote, and its arguments. What is damaged or not of this script is refused, and nothing executed."""
-    path = Path(path)
-    path = path / name if path.is_dir() else path
-    if not path.is_file():
-        fail(f"{flag}: there is no file {path}; give the {name} that a training run wrote, or its folder")
-    try:
-        if zipfile.ZipFile(path).testzip():  # compares checksums, which torch.load does not
-            raise zipfile.BadZipFile
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if contents["algorithm"] == ALGORITHM:
-            args = Args(**contents["args"])
-            for field in fields(args):
-                value, types = getattr(args, field.name), get_args(field.type) or [field.type]
-                if type(value) not in types and value not in types:  # the values of a Literal are its types
-                    raise TypeError
-            return contents, args
-        reason = f"of {str(contents['algorithm'])[:9]}, not of {ALGORITHM}"
-    except Exception as error:  # damaged files raise many kinds of errors
-        reason = f"damaged, or not a {name} of this version ({type(error).__name__})"
-    fail(f"{flag}: {path} is {reason}; give another file or train again")
-
-
-def append_row(path, *row):
-    with open(path, "a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow(row)
-
-
-RESUME_MAY_CHANGE = "resume total_timesteps eval_frequency eval_episodes checkpoint_frequency capture_video save_model "
-RESUME_MAY_CHANGE += "track wandb_project_name wandb_entity"
-
-
-def parse(argv=None):
-    """Arguments and checkpoint. With --resume they are the checkpoint's; a few may change from the command line."""
-    args = tyro.cli(Args, args=argv)
-    if args.resume is None:
-        return args, None
-    checkpoint, saved = load("--resume", args.resume, "checkpoint.pt")
-    if ":" in saved.env_id and args.env_id != saved.env_id:
-        fail(f"--resume: {args.resume} imports a module; if you trust it, add --env-id {saved.env_id}")
-    args = tyro.cli(Args, args=argv, default=replace(saved, resume=args.resume))
-    for name, value in vars(args).items():
-        if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE.split():
-            fail(f"--resume: --{name.replace('_', '-')} is {getattr(saved, name)} and cannot change; leave it out")
-    return args, checkpoint
-
-
-# ---- Training ----
-
-
-def train(args, agent, device, checkpoint):
-    """The training loop. Whatever goes wrong ends it with one sentence; the last good state is in checkpoint.pt."""
-    run_dir = Path("runs") / re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    if checkpoint:
-        run_dir = Path(args.resume).resolve()
-        run_dir = run_dir if run_dir.is_dir() else run_dir.parent
-    elif os.path.exists(run_dir):
-        fail(f"{run_dir} belongs to a run that began in the same second; start again")
-    path, video_dir = run_dir / "checkpoint.pt", Path("videos") / run_dir.name
-    generator = torch.Generator(device).manual_seed(args.seed)
-    buffer = ReplayBuffer(args.buffer_size, agent.obs_dim, agent.action_dim, device)
-    learners = {"agent": agent} | {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
-    global_step, seconds, evaluations = 0, 0.0, []
-    logs = {"metrics.csv": "global_step,updates,episodic_return,episodic_return_std,episodic_length\n"}
-    logs |= {"timing.csv": "global_step,updates,seconds,evaluation_seconds\n"}
-    if checkpoint:
-        try:
-            for name, learner in learners.items():
-                learner.load_state_dict(checkpoint[name])
-            generator.set_state(checkpoint["generator"])
-            agent.updates, global_step, seconds = (int(checkpoint[k]) for k in ("updates", "step", "seconds"))
-            buffer.filled, buffer.position = min(global_step, buffer.size), global_step % buffer.size
-            buffer.rows[: buffer.filled] = checkpoint["rows"].view(buffer.filled, buffer.rows.shape[1])
-            evaluations = [(float(result), str(line)) for result, line in checkpoint["evaluations"]]
-            logs = {name: str(checkpoint["logs"][name]) for name in logs}  # without what came after the checkpoint
-        except Exception as error:
-            fail(f"--resume: {args.resume} does not fit {args.env_id} on {device} ({type(error).__name__})")
-
-    def stop(reason):
-        kept = f"the last good state is in {path} (--resume {run_dir})" if os.path.exists(path) else "nothing is saved"
-        fail(f"{reason} at step {global_step}; {kept}", 1)
-
-    @contextmanager
-    def guard(what, save_step=None):
-        """A failure of the surroundings (environment, disk, ...) ends the run with one sentence and its state saved."""
-        try:
-            yield
-        except Exception as error:
-            if save_step is not None:
-                save_checkpoint(save_step)
-            while error.__context__ and not isinstance(error, OSError):
-                error = error.__context__  # torch.save hides that the disk is full
-            stop(f"{what} failed ({type(error).__name__}: {error})")
-
-    @contextmanager
-    def tracking():
-        """A failure of TensorBoard or W&B is a warning."""
-        try:
-            yield
-        except Exception as error:
-            warnings.warn(f"TensorBoard or W&B failed ({error}); the training goes on", stacklevel=1)
-
-    def log(name, value):
-        with tracking():
-            writer.add_scalar(name, value, global_step)
-
-    def check(values, what):
-        if not (abs(values) <= torch.finfo(torch.float32).max).all():
-            stop(f"{what} was not finite")
-
-    def save_checkpoint(step):
-        """Everything that the rest of the training depends on, if it is finite."""
-        for name, values in (metrics | agent.state_dict()).items():
-            check(values, name)
-        start = time.time()
-        with guard(f"writing {path}"):
-            state = {name: learner.state_dict() for name, learner in learners.items()}
-            state["rows"] = torch.from_numpy(buffer.rows[: buffer.filled].cpu().numpy())  # not the empty ones behind
-            state["logs"] = {name: (run_dir / name).read_text() for name in logs}
-            state |= {"generator": generator.get_state(), "updates": agent.updates, "step": step}
-            save(path, args, state | {"seconds": start - start_time, "evaluations": evaluations})
-        with tracking():
-            writer.add_scalar("charts/checkpoint_seconds", time.time() - start, step)
-            writer.flush()
-
-    def new_episodes():
-        """Episodes begin anew with every scheduled checkpoint, so that none needs the state of a simulator."""
-        seed = np.random.SeedSequence((args.seed, global_step)).generate_state(1)[0] // 2
-        with guard(args.env_id):
-            return envs.reset(seed=int(seed))[0]
-
-    def on_signal(number, _):
-        """The loop ends after this step; a second signal ends the process at once."""
-        signals.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-
-    if args.track:
-        import wandb
-
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        project |= {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}
-        wandb.init(**project, config=asdict(args), sync_tensorboard=True, save_code=True)
-    with guard(f"writing into {run_dir}"):
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-        for name, text in logs.items():
-            (run_dir / name).write_text(text)
-    table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-
-    envs = make_vector_env([partial(make_env, args.env_id)] * args.num_envs)
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
-    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
-    eval_frequency = args.eval_frequency or max(args.total_timesteps // 20, args.num_envs)
+def train(args, agent, buffer, generator, state):
+    """The training loop, from the beginning or from a checkpoint: act, learn, store; now and then evaluate and save."""
+    device, n, run_dir, evaluations = buffer.rows.device, args.num_envs, state["run_dir"], state["evaluations"]
+    step, first_step, last_step = state["step"], state["step"], max(state["step"], args.total_timesteps // n * n)
+    eval_frequency = args.eval_frequency or max(args.total_timesteps // 20, n)
     checkpoint_frequency = args.checkpoint_frequency or eval_frequency
-    recent_returns, metrics, signals = deque(maxlen=20), {}, []
-    start_time = time.time() - seconds
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, on_signal)
-    if not checkpoint:
-        save_checkpoint(0)
-    steps = range(global_step + args.num_envs, args.total_timesteps + 1, args.num_envs)
-    bar = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)  # None: quiet when not a terminal
-    obs = new_episodes()
-    for global_step in bar:
-        check(obs, "an observation")
-        if global_step <= args.learning_starts:
-            actions = 2 * torch.rand(args.num_envs, agent.action_dim, generator=generator, device=device) - 1
+    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args.env_id, n))
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
+    metrics, recent_returns, signals, start_time = {}, deque(maxlen=20), [], time.time() - state["seconds"]
+
+    def on_signal(number, _):  # the first signal ends the training after this step, a second one at once
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, f"\ninterrupted: writes a checkpoint and ends; --resume {run_dir} goes on from there\n".encode())
+
+    def save(name, **contents):
+        """Writes a file in the run folder, whole or not at all. What is not finite ends the training instead."""
+        with one_sentence(f"training ends at step {step}, its last checkpoint in {run_dir} is from before:", 1):
+            for key, tensor in agent.state_dict().items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
+            contents |= {"args": asdict(args), "agent": agent.state_dict(), "updates": agent.updates, "step": step}
+            torch.save(contents, run_dir / "unfinished.tmp")
+            os.replace(run_dir / "unfinished.tmp", run_dir / name)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, on_signal)
+    bar = tqdm(total=last_step, initial=step, unit="step", disable=None)  # None: quiet when not a terminal
+    while True:
+        if step > first_step and (step % eval_frequency < n or step == last_step):
+            result = evaluate(agent, args, device, f"{run_dir.name}/step-{step}")
+            for name, value in result.items():
+                writer.add_scalar(f"eval/{name}", value, step)
+            evaluations.append([step, agent.updates, *map(float, result.values()), time.time() - start_time])
+            lines = ["global_step,updates," + ",".join(result), *(",".join(map(str, row[:5])) for row in evaluations)]
+            with one_sentence(f"training ends at step {step}:", 1):
+                (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
+            bar.write(REPORT.format(step, *result.values()))
+        if signals or step % checkpoint_frequency < n or step in (first_step, last_step):
+            optimizers = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
+            rows = buffer.rows[: min(buffer.added, len(buffer.rows))].clone()
+            progress = {"evaluations": evaluations, "seconds": time.time() - start_time}
+            save("checkpoint.pt", optimizers=optimizers, rows=rows, generator=generator.get_state(), **progress)
+            if signals:
+                sys.exit(128 + signals[0])
+            # Episodes begin anew with every checkpoint, so that none needs the state of a simulator
+            obs, _ = envs.reset(seed=int(np.random.SeedSequence((args.seed, step)).generate_state(1)[0] // 2))
+        if step == last_step:
+            break
+        if step < args.learning_starts:
+            actions = 2 * torch.rand(n, agent.action_dim, generator=generator, device=device) - 1
         else:
-            actions = agent.act(to_tensor(obs), generator, explore=True)
+            actions = agent.act(to_tensor(obs), generator)
         actions_for_envs = actions.cpu().numpy()
-        check(actions_for_envs, "an action")
-        if global_step > args.learning_starts:  # before the environments step, so that a GPU works meanwhile
+        if step >= args.learning_starts:  # before the environments step, so that a GPU works meanwhile
             metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
-        with guard(args.env_id, save_step=global_step - args.num_envs):
-            next_obs, rewards, terminations, truncations, infos = envs.step(actions_for_envs)
-            last_obs = final_observations(next_obs, infos)
-        check(rewards, "a reward")
-        check(last_obs, "an observation")
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions_for_envs)
+        step += n
+        bar.update(n)
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):  # next_obs[i] is the first of the next episode
+            last_obs[i] = infos["final_obs"][i]
+            recent_returns.append(infos["episode"]["r"][i])
+            writer.add_scalar("charts/episodic_return", infos["episode"]["r"][i], step)
+            writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], step)
         # A truncated episode has not terminated: its last state has a future, so the critics bootstrap from it
         buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
         obs = next_obs
-        for i in np.flatnonzero(terminations | truncations):
-            recent_returns.append(infos["episode"]["r"][i])
-            log("charts/episodic_return", infos["episode"]["r"][i])
-            log("charts/episodic_length", infos["episode"]["l"][i])
-
         if metrics and agent.updates % 100 == 0:
             for name, value in metrics.items():
-                check(value, name)
-                log(f"losses/{name}", value.item())
-            sps = int(global_step / (time.time() - start_time))
-            log("charts/SPS", sps)
+                if not value.isfinite():
+                    sys.exit(f"error: {name} is not finite at step {step}; {run_dir}/checkpoint.pt is from before")
+                writer.add_scalar(f"losses/{name}", value.item(), step)
+            sps = int(step / (time.time() - start_time))
+            writer.add_scalar("charts/SPS", sps, step)
             bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
-
-        if global_step % eval_frequency < args.num_envs or global_step == steps[-1]:
-            eval_start = time.time()
-            video = video_dir / f"step-{global_step}" if args.capture_video else None
-            with guard("the evaluation"):
-                result = evaluate(agent, args, device, video)
-                check(np.array([*result.values()]), "the return of the evaluation")
-                now = time.time()
-                append_row(run_dir / "metrics.csv", global_step, agent.updates, *result.values())
-                append_row(run_dir / "timing.csv", global_step, agent.updates, now - start_time, now - eval_start)
-            for name, value in result.items():
-                log(f"eval/{name}", value)
-            if args.track and video:
-                with tracking():
-                    wandb.log({"eval/video": wandb.Video(str(next(video_dir.glob(f"{video.name}-*.mp4"))))})
-            line = "evaluation at step {}: return {:.1f} ± {:.1f}, length {:.0f}".format(global_step, *result.values())
-            evaluations.append((float(result["episodic_return"]), line))
-            bar.write(line)
-            sys.stdout.flush()
-
-        if signals or global_step % checkpoint_frequency < args.num_envs or global_step == steps[-1]:
-            save_checkpoint(global_step)
-            if signals:
-                bar.write(f"interrupted after step {global_step}; --resume {run_dir} goes on")
-                sys.exit(128 + signals[0])
-            obs = new_episodes()
-
-    envs.close()
-    with tracking():
-        writer.close()
-    if evaluations:
-        print(f"final {evaluations[-1][1]}\nbest  {max(evaluations)[1]}")
-    if args.save_model:
-        model = {"policy": agent.policy.state_dict(), "critics": agent.critics.state_dict()}
-        with guard("writing model.pt"):
-            save(run_dir / "model.pt", args, model)
-        print(f"watch: python {Path(__file__).name} --env-id {args.env_id} --evaluate {run_dir} --capture-video")
-    if args.track:
-        with tracking():
-            wandb.finish()
+    writer.close()
+    save("model.pt")
 
 
-def main(args, checkpoint=None):
-    """Trains, goes on with the training of a checkpoint, or evaluates a trained model."""
-    warnings.filterwarnings("ignore", message=".*out of date")  # -v4 tasks are the ones with published results
-    warnings.filterwarnings("ignore", message="compiler attribute")  # the HalfCheetah model under MuJoCo 4
-    warnings.filterwarnings("ignore", message=".*Overwriting existing videos")  # one folder a run, one file each
-    mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
+def main(args, state=None):
+    """Trains, goes on with a training, or evaluates a trained policy."""
+    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute|.*Overwriting existing videos")
+    with one_sentence("cannot start:"):
+        obs_dim, action_dim = validate(args)
+        device = set_up_torch(args)
+        agent, generator = Agent(args, obs_dim, action_dim, device), torch.Generator(device).manual_seed(args.seed)
+        if state:
+            agent.load_state_dict(state["agent"])
+            agent.updates = state["updates"]
     if args.evaluate is not None:
-        model, saved = load("--evaluate", args.evaluate, "model.pt")
-        if saved.env_id != args.env_id:
-            fail(f"--evaluate: {args.evaluate} was trained on {saved.env_id}; add --env-id {saved.env_id}")
-        chosen = "exp_name seed torch_deterministic cuda compile cudagraphs capture_video evaluate eval_episodes"
-        args = replace(saved, **{name: getattr(args, name) for name in chosen.split()})
-    obs_dim, action_dim = validate(args)
-    device = set_up_torch(args)
-    agent = Agent(args, obs_dim, action_dim, device)
-    if args.evaluate is None:
-        train(args, agent, device, checkpoint)
+        result = evaluate(agent, args, device, f"{state['run_dir'].name}/evaluation")
+        print(REPORT.format(state["step"], *result.values()))
         return
-    try:
-        agent.policy.load_state_dict(model["policy"])
-        agent.critics.load_state_dict(model["critics"])
-    except Exception:
-        fail(f"--evaluate: {args.evaluate} does not fit the networks for {args.env_id}; train a new model")
-    name = re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    video = Path("videos") / name / "evaluation"
-    result = evaluate(agent, args, device, video if args.capture_video else None)
-    print("evaluation: return {:.1f} ± {:.1f}, length {:.0f}".format(*result.values()))
+    with one_sentence(f"--buffer-size {args.buffer_size} is too large:"):
+        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    with one_sentence("cannot start:"):
+        if state:
+            for optimizer, saved in zip(agent.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
+            generator.set_state(state["generator"])
+            buffer.rows[: len(state["rows"])], buffer.added = state["rows"], state["step"]
+        else:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
+            state = {"step": 0, "evaluations": [], "seconds": 0.0, "run_dir": run_dir}
+            run_dir.mkdir(parents=True)
+        if args.track:
+            import wandb
+
+            names = {"name": state["run_dir"].name, "project": args.wandb_project_name, "entity": args.wandb_entity}
+            wandb.init(**names, id=names["name"], resume="allow", config=asdict(args), sync_tensorboard=True)
+    train(args, agent, buffer, generator, state)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # or else a redirected output stays empty for long
     main(*parse())

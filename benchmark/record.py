@@ -38,15 +38,25 @@ def random_policy_return(env_id, episodes=20):
     return {"mean": np.mean(returns), "std": np.std(returns), "episodes": episodes}
 
 
+def algorithm(args):
+    """The script to which saved arguments belong."""
+    return "sdac" if "denoising_steps" in args else "sac"
+
+
 def collect(run):
     """Name, facts and evaluations of the run in a folder."""
-    model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
-    with open(run / "metrics.csv") as metrics, open(run / "timing.csv") as timing:
-        rows = [m | t for m, t in zip(csv.DictReader(metrics), csv.DictReader(timing), strict=True)]
-    script = run.resolve().parent.parent / f"{model['algorithm']}_continuous_action.py"
+    (run / "model.pt").stat()  # written at the end of a training
+    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    if (run / "timing.csv").exists():  # the run began with an earlier version of the script
+        seconds = [row["seconds"] for row in csv.DictReader((run / "timing.csv").read_text().splitlines())]
+    else:
+        seconds = [evaluation[-1] for evaluation in saved["evaluations"]]
+    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    rows = [row | {"seconds": time} for row, time in zip(rows, seconds, strict=True)]
+    script = run.resolve().parent.parent / f"{algorithm(saved['args'])}_continuous_action.py"
     facts = {
-        "algorithm": model["algorithm"],
-        "args": model["args"] | {"resume": None},  # a path of this machine, if the run was interrupted
+        "algorithm": algorithm(saved["args"]),
+        "args": saved["args"] | {"resume": None},  # a path of this machine, if the run was interrupted
         "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest() if script.is_file() else None,
         "versions": versions(),
         "machine": {
@@ -56,7 +66,7 @@ def collect(run):
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "seconds": float(rows[-1]["seconds"]),
-        "random_policy": random_policy_return(model["args"]["env_id"]),
+        "random_policy": random_policy_return(saved["args"]["env_id"]),
     }
     return run.name, facts, rows
 

@@ -37,7 +37,8 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_COMPARED = {"cuda", "compile", "bfloat16", "cudagraphs", "resume"}  # decided by the machine and by interruptions
+NOT_COMPARED = {"cuda", "compile", "bfloat16", "resume"}  # decided by the machine and by interruptions
+NOT_COMPARED |= {"track", "wandb_project_name", "wandb_entity"}  # of no influence on the results
 
 
 def module(name):
@@ -83,7 +84,8 @@ class Run:
                 return f"a damaged file, {path}"
             script = module(f"{self.script}_continuous_action")
             here = vars(script.parse(self.flags)[0]) | {"algorithm": self.script}
-            there = here | facts["args"] | {"algorithm": facts["algorithm"]}
+            there = here | facts["args"] | {"algorithm": module("record").algorithm(facts["args"])}
+            # Flags that an earlier version had and this one has not are not in `here`
             different = [key for key in here if here[key] != there[key] and key not in NOT_COMPARED]
             if different:
                 return " and ".join(f"{key} {there[key]} (grid: {here[key]})" for key in different)
@@ -105,7 +107,7 @@ class Run:
         copy = self.folder() / original.name  # so that a run stays with the version of the script with which it began
         if not (checkpoints and copy.exists()):
             shutil.copy(original, copy)
-        flags = ["--resume", str(checkpoints[-1].parent), "--env-id", self.task] if checkpoints else self.flags
+        flags = ["--resume", str(checkpoints[-1].parent)] if checkpoints else self.flags
         command = [sys.executable, str(copy), *flags]
         paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # modules beside the script are found as before
         with open(self.folder() / "log.txt", "a") as log:

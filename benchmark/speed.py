@@ -1,6 +1,6 @@
 """Measure the speed of both scripts: one update, one action, the loop, and what each optimisation contributes.
 
-    python benchmark/speed.py [--cuda]        # under 5 minutes on a 2-core CPU; leave the machine alone meanwhile
+    python benchmark/speed.py [--cuda]        # 7 minutes on a 2-core CPU; leave the machine alone meanwhile
 
 Prints tables and writes benchmark/results/speed-<device>.json. Every configuration runs in a process of its own, one
 after the other, with the default algorithm settings and random data of the task's sizes; "plain" is the script in
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]
 SIZES = {"HalfCheetah-v4": (17, 6), "Humanoid-v4": (376, 17)}
 CPU_OPTIMISATIONS = ["onednn", "malloc", "fused_adam", "compile", "bfloat16"]
-CUDA_OPTIMISATIONS = ["fused_adam", "compile", "cudagraphs"]
+CUDA_OPTIMISATIONS = ["fused_adam", "compile"]
 # Milliseconds of the authors' JAX code and, beside it on the same machine in the same run, of this script with the same
 # settings (linear 20): 2 cores of an AMD EPYC with AVX-512 and bfloat16, two rounds. Not measured by this file.
 SIDE_BY_SIDE = {
@@ -147,36 +147,38 @@ def plain_networks(module):
     """The networks of a script in the words of eager PyTorch; the scripts' own are written for torch.compile."""
     torch = module.torch
 
-    def denoiser(self, obs, a_t, t):
-        obs_weight, time_weight, action_weight = self.input_layer.weight.split(self.sizes, dim=1)
-        linear, embedding = torch.nn.functional.linear, self.time_mlp(self.embed_time(t))
-        context = linear(obs, obs_weight, self.input_layer.bias) + linear(embedding, time_weight)
-        h = module.mish(context[:, None] + linear(a_t, action_weight))
-        for layer in self.hidden_layers:
-            h = module.mish(layer(h))
-        return self.output_layer(h)
+    def mlp(self, context, actions, dtype=None):
+        layer = torch.addmm if self.weights[0].ndim == 2 else torch.baddbmm  # one network, or two at once
+        weights, biases = ([p.to(dtype) for p in parameters] for parameters in (self.weights, self.biases))
+        action_weight = weights[0][..., self.inputs[0] :, :]
+        h = (actions.flatten(0, 1).to(dtype) @ action_weight).unflatten(-2, actions.shape[:2])
+        context = context @ self.weights[0][..., : self.inputs[0], :] + self.biases[0]
+        h = module.mish(context[..., None, :] + h).flatten(-3, -2)
+        for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+            h = module.mish(layer(bias, h.to(dtype), weight))
+        return layer(biases[-1], h.to(dtype), weights[-1]).unflatten(-2, actions.shape[:2])
 
-    def critics(self, obs, actions):
-        obs_weight, action_weight = self.weights[0].split([self.obs_dim, actions.shape[-1]], dim=1)
-        h = (actions.flatten(0, 1) @ action_weight).unflatten(1, actions.shape[:2])
-        h = module.mish((obs @ obs_weight + self.biases[0])[:, :, None] + h).flatten(1, 2)
-        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
-            h = module.mish(torch.baddbmm(bias, h, weight))
-        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).view(2, *actions.shape[:2])
+    def actor(self, obs):
+        for layer in self.layers[:-1]:
+            obs = module.mish(layer(obs))
+        mean, log_std = self.layers[-1](obs).chunk(2, dim=1)
+        return mean, module.LOG_STD_MIN + 0.5 * (module.LOG_STD_MAX - module.LOG_STD_MIN) * (log_std.tanh() + 1)
 
-    module.Critics.forward = critics
-    if hasattr(module, "Denoiser"):
-        module.Denoiser.forward = denoiser
+    module.MLP.forward = mlp
+    if hasattr(module, "Actor"):
+        module.Actor.forward = actor
 
 
 def measure(script, task, name, optimisations, cuda):
     """Times of one configuration, in this process."""
+    import mujoco
+
     sys.path.insert(0, str(ROOT))
-    warnings.simplefilter("ignore")  # of Gymnasium and MuJoCo, on tasks of version 4
     module = importlib.import_module(f"{script}_continuous_action")
-    module.mujoco.set_mju_user_warning(lambda _: None)
+    warnings.simplefilter("ignore")  # of Gymnasium and MuJoCo, on tasks of version 4
+    mujoco.set_mju_user_warning(lambda _: None)
     torch, on = module.torch, set(optimisations)
-    args = module.Args(env_id=task, cuda=cuda, compile="compile" in on, cudagraphs="cudagraphs" in on)
+    args = module.Args(env_id=task, cuda=cuda, compile="compile" in on)
     if script == "sdac":
         args = replace(args, bfloat16="bfloat16" in on, **VARIANTS.get(name, {}))
     if "malloc" not in on:
@@ -185,7 +187,7 @@ def measure(script, task, name, optimisations, cuda):
         plain_networks(module)
     adam = torch.optim.Adam
     if "fused_adam" not in on:
-        torch.optim.Adam = lambda parameters, lr, fused, capturable: adam(parameters, float(lr))
+        torch.optim.Adam = lambda parameters, lr, fused: adam(parameters, lr)
     device = module.set_up_torch(args)
     if "onednn" not in on:
         torch.backends.mkldnn.matmul.fp32_precision = "none"
@@ -212,33 +214,29 @@ def measure(script, task, name, optimisations, cuda):
 
     # Where the time goes, and which share of the speed of a plain matrix product the sampling chain reaches
     if name in ("float32", "bfloat16"):
-        parts = {"critics (a' included)": lambda: agent.update_critics(batch, generator)}
         if script == "sdac":
-            std, k, hidden = agent.exploration_std(), args.num_particles, agent.policy.output_layer.in_features
+            k, hidden = args.num_particles, agent.policy.mlp.weights[1].shape[0]
             t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=device)
             particles = torch.rand(len(obs), k, action_dim, generator=generator, device=device)
-            choose = torch.no_grad()(lambda: agent.critics(obs, particles).amin(0).argmax(1))
+            choose = torch.no_grad()(lambda: module.min_q(agent.critics, obs, particles).argmax(1))
             shape, one = (len(obs), args.num_reverse_samples, action_dim), torch.tensor(1.0, device=device)
 
             def target():
                 uniform = torch.rand(shape, generator=generator, device=device)
                 eps, a_hat = module.reverse_samples(agent.schedule, batch[1], t, uniform, args.reverse_proposal)
                 with torch.no_grad():
-                    module.rsm_target(eps, agent.critics(obs, a_hat).amin(0), one)
+                    module.rsm_target(eps, module.min_q(agent.critics, obs, a_hat), one)
 
             loss = partial(module.rsm_loss, agent.policy, obs, batch[1], t, batch[1])
-            parts |= {
-                "sampling chain and choice of particle": lambda: agent.sample(agent.policy, obs, generator, std),
+            parts = {
+                "policy update": lambda: agent.update_policy(obs, next_obs, batch[1], generator),
+                "sampling chain and choice of particle": lambda: agent.act(obs, generator, policy=agent.policy),
                 "of which choice of particle": choose,
                 "reverse samples and their weights": target,
                 "RSM loss and policy step": lambda: module.gradient_step(agent.policy_optimizer, loss()),
-                "averages": lambda: module.ema_update(agent.ema_policy, agent.policy, args.tau),
             }
         else:
-            parts |= {
-                "policy and temperature": lambda: agent.update_policy(batch, generator),
-                "averages": lambda: module.ema_update(agent.target_critics, agent.critics, args.tau),
-            }
+            parts = {"policy update": lambda: agent.update_policy(obs, agent.log_alpha.detach().exp(), generator)}
         result["parts_ms"] = {part: timer(function, 0.3)["median"] for part, function in parts.items()}
         if script == "sdac":
             dtype, n = torch.bfloat16 if args.bfloat16 else torch.float32, len(obs) * k
@@ -251,7 +249,7 @@ def measure(script, task, name, optimisations, cuda):
             result["sampling_chain_gflops"] = flop / chain / 1e6
 
         # The training loop: act, update, step the environments, store; with the replay buffer of the default size
-        envs = module.make_vector_env([partial(module.make_env, task)] * args.num_envs)
+        envs = module.make_envs(task, args.num_envs)
         buffer = module.ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
         buffer.rows.zero_()  # so that it counts as resident memory
         to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
@@ -261,10 +259,12 @@ def measure(script, task, name, optimisations, cuda):
             for _ in range(cycle):
                 acts = agent.act(to_tensor(state.obs), generator, explore=True)
                 for_envs = acts.cpu().numpy()
-                if buffer.filled:
+                if buffer.added:
                     agent.update(buffer.sample(args.batch_size, generator), generator)
-                next_obs, reward, terminated, _, infos = envs.step(for_envs)
-                last_obs = module.final_observations(next_obs, infos)
+                next_obs, reward, terminated, truncated, infos = envs.step(for_envs)
+                last_obs = next_obs.copy()
+                for i in (terminated | truncated).nonzero()[0]:
+                    last_obs[i] = infos["final_obs"][i]
                 buffer.add(to_tensor(state.obs), acts, *map(to_tensor, (reward, last_obs, terminated)))
                 state.obs = next_obs
 

@@ -155,13 +155,13 @@ class ExactDenoiser:
     def __init__(self, target, schedule):
         self.target, self.schedule, self.action_dim = target, schedule, target.dim
 
-    def __call__(self, obs, a_t, t):
+    def __call__(self, obs, a_t, t, dtype=None):
         return self.target.posterior_noise(a_t[:, 0], t, self.schedule)[:, None]
 
 
 def policy_samples(denoiser, n, generator, schedule):
     """n samples of the policy by the script's sampler, with one particle, so that nothing is chosen by its energy."""
-    no_choice = lambda obs, actions: torch.zeros(2, *actions.shape[:2])  # noqa: E731
+    no_choice = lambda obs, actions: torch.zeros(2, *actions.shape[:2], 1)  # noqa: E731
     obs = torch.zeros(n, 1, dtype=schedule.signal.dtype)
     return sdac.sample_actions(denoiser, no_choice, schedule, obs, 1, generator)
 
@@ -176,7 +176,7 @@ def sliced_wasserstein(x, y):
 def noised(target, n, t, schedule, generator):
     """True samples with the noise of level t: (n, d)."""
     a_0 = target.sample(n, generator)
-    return schedule.add_noise(a_0, torch.randn(a_0.shape, generator=generator, dtype=torch.float64), t)
+    return schedule.signal[t] * a_0 + schedule.noise[t] * torch.randn(a_0.shape, generator=generator, dtype=a_0.dtype)
 
 
 @torch.no_grad()
@@ -221,11 +221,11 @@ def train(name, dim, method, seed, num_samples=M, levels=DEFAULT, steps=None):
         a_0 = target.sample(BATCH, generator).float() if method == "denoising" else pool[index]
         t = torch.randint(schedule.num_steps, (BATCH, 1), generator=generator)
         eps, weights = torch.randn(BATCH, dim, generator=generator), 1.0
-        a_t = schedule.add_noise(a_0, eps, t)
+        a_t = schedule.signal[t] * a_0 + schedule.noise[t] * eps
         if method == "mirror-descent":
             q = target.energy(a_0)
             q_mean, q_std = q_mean.lerp(q.mean(), 0.001), q_std.lerp(q.std(), 0.001)
-            weights = sdac.mirror_descent_weights(q, q_mean, q_std, sdac.INITIAL_ALPHA)  # at λ = α/5 = 1
+            weights = (((q - q_mean) / q_std).clamp(-3, 3) / sdac.INITIAL_ALPHA).exp()  # at λ = α/5 = 1
         elif method != "denoising":
             uniform = torch.rand(BATCH, num_samples, dim, generator=generator)
             eps, a_hat = sdac.reverse_samples(schedule, a_t, t, uniform, method)

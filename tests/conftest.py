@@ -24,7 +24,7 @@ SMALL = {
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses; as many threads here, so that sums have the same order
 torch.set_num_threads(1)
-mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file, where a test does not call main()
+mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file
 
 
 def pytest_addoption(parser):
@@ -148,18 +148,18 @@ def register_spaces(monkeypatch):
     return register
 
 
-def start_process(script, *flags, cwd, env=None):
+def start_process(script, *flags, cwd, env=None, **options):
     """The script as a user starts it, without a GPU and without a display."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "120"}
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL") and not k.startswith("WANDB")}
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environ | hidden | (env or {}), **pipes)
+    return subprocess.Popen(command, cwd=cwd, env=environ | hidden | (env or {}), **pipes, **options)
 
 
-def command_line(script, *flags, cwd, env=None):
+def command_line(script, *flags, cwd, env=None, **options):
     """The same to its end."""
-    process = start_process(script, *flags, cwd=cwd, env=env)
+    process = start_process(script, *flags, cwd=cwd, env=env, **options)
     stdout, stderr = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

@@ -1,4 +1,4 @@
-"""benchmark/run.py, record.py, plot.py: interrupted and edited grids, a lost Ray worker, intervals, the table."""
+"""benchmark/run.py, record.py, plot.py: interrupted and edited grids, a lost Ray worker, intervals, the tables."""
 
 import csv
 import hashlib
@@ -89,11 +89,11 @@ def test_an_interrupted_grid_goes_on(repository):
     """Ended by SIGTERM in the middle of its runs, and started again: finished runs are kept, the others resumed."""
     work = repository / "benchmark/runs/grid"
     process = start(repository, "--jobs", "2")
-    wait_for(lambda: len(list(work.glob("*/runs/*/checkpoint.pt"))) >= 2)
+    wait_for(lambda: len(list(work.glob("*/runs/*/metrics.csv"))) >= 2)  # there is an evaluation, of four
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and output.endswith("interrupted; the same command goes on\n"), output
-    assert "interrupted after step" in "".join(path.read_text() for path in work.glob("*/log.txt"))
+    assert "interrupted: writes a checkpoint and ends; " in "".join(path.read_text() for path in work.glob("*/log.txt"))
     begun = {path.parent.name for path in work.glob("*/runs/*/checkpoint.pt")}
     process = start(repository, "--jobs", "2")
     output, _ = process.communicate(timeout=300)
@@ -116,7 +116,8 @@ def test_a_failing_run_is_named_and_the_others_end(repository):
     grid.write_text(grid.read_text().replace("[1, 2]", "[1]") + 'wrong = "sac --gamma 2"\n')
     process = start(repository, "--jobs", "3")
     output, _ = process.communicate(timeout=300)
-    failed = "failed: InvertedPendulum-v4__wrong__1: error: --gamma is 2.0; give a value from 0 to 1"
+    error = "error: cannot start: --gamma is 2.0; give a value from 0 to 1"
+    failed = f"failed: InvertedPendulum-v4__wrong__1: {error}"
     assert process.returncode == 1 and output.endswith(f"{failed}\nsee log.txt in benchmark/runs/grid/<run>\n")
     assert "--gamma is 2.0" in (repository / "benchmark/runs/grid/InvertedPendulum-v4__wrong__1/log.txt").read_text()
     assert len(list((repository / "benchmark/results/grid").glob("*.json"))) == 2
@@ -177,7 +178,7 @@ def test_an_edited_grid_is_refused(one_run):
     assert "--into" in output and "--rerun" in output and "running" not in output
     edit(grid, "0.97", "2")
     status, output = outcome(one_run, "--rerun")
-    assert status == 1 and f"failed: {key}: error: --gamma is 2.0" in output
+    assert status == 1 and f"failed: {key}: error: cannot start: --gamma is 2.0" in output
     assert sorted(results.iterdir()) == first
     edit(grid, "gamma 2", "gamma 0.97")
     status, output = outcome(one_run)  # goes on with what --rerun began
@@ -207,7 +208,7 @@ def test_a_run_stays_with_its_script(one_run):
     next(one_run.glob("benchmark/runs/grid/*/runs/*/model.pt")).unlink()
     script = one_run / "sac_continuous_action.py"
     began = hashlib.sha256(script.read_bytes()).hexdigest()
-    edit(script, '    run_dir = Path("', '    fail("another version")\n    run_dir = Path("')
+    edit(script, '    run_dir = Path("', '    sys.exit("error: another version")\n            run_dir = Path("')
     status, output = outcome(one_run)
     assert status == 0, output
     assert json.loads(facts.read_text())["script_sha256"] == began
@@ -252,8 +253,7 @@ def test_tasks_with_slash_and_colon(one_run):
     status, output = outcome(one_run, "--jobs", "2", BROKEN="1", **variables)
     assert status == 1
     for name in ("near", "far"):
-        error = f"error: {name}:ns/{name}-v0 failed (RuntimeError: not today) at step "
-        assert f"failed: {name}-ns-{name}-v0__sac__1: {error}" in output
+        assert f"failed: {name}-ns-{name}-v0__sac__1: RuntimeError: not today\n" in output
     for _ in range(2):  # the second time there is nothing left to do
         status, output = outcome(one_run, "--jobs", "2", **variables)
         assert status == 0 and output.splitlines()[-1].endswith("2 finished  0 running  0 waiting  0 failed"), output
@@ -278,7 +278,7 @@ def test_grids_and_results_agree(name, monkeypatch):
         assert run.key not in arguments
         arguments[run.key] = vars(args)
     assert all(len(budget) == 1 for budget in budgets.values())
-    decided_elsewhere = {"cuda", "compile", "bfloat16", "cudagraphs", "resume"}
+    decided_elsewhere = {"cuda", "compile", "bfloat16", "resume", "wandb_project_name"}
     for path in (ROOT / "benchmark" / "results" / name).glob("*.json"):
         kept, here = json.loads(path.read_text())["args"], arguments[path.stem.rsplit("__", 1)[0]]
         different = [key for key in here if kept.get(key, here[key]) != here[key]]
@@ -320,7 +320,7 @@ def test_a_lost_ray_worker(repository):
         kept(repository)
         logs = "".join(path.read_text() for path in work.glob("*/log.txt"))
         assert logs.count("device: cpu") == 5  # four runs, one of them started a second time
-        assert logs.count("final evaluation") == 4
+        assert logs.count("evaluation at step 400: ") == 4
     finally:
         ray.shutdown()
 
@@ -381,7 +381,22 @@ def test_table_and_scores_by_hand(plot, tmp_path):
 def test_readme_has_the_tables_of_the_files(plot, folder):
     text = plot.table(plot.read(ROOT / "benchmark" / "results" / folder))
     assert text == (ROOT / "benchmark" / "results" / folder / "table.md").read_text()
-    assert text in (ROOT / "README.md").read_text()
+    assert text in (ROOT / "benchmark" / "README.md").read_text()
+
+
+def test_front_page_has_the_numbers_of_the_files(plot):
+    """Its table of results: final evaluations of both algorithms at the small budget, on tasks of choice."""
+    rows = {}
+    for line in (ROOT / "benchmark/results/cpu/table.md").read_text().splitlines()[2:]:
+        task, name, seeds, steps, updates, final = line.strip("| ").split(" | ")[:6]
+        assert seeds == "3"
+        rows.setdefault((task, f"{steps}, {updates}"), {})[name] = final
+    lines = (ROOT / "README.md").read_text().splitlines()
+    begin = lines.index("| task | environment steps, updates | SDAC | SAC |") + 2
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[begin:]))
+    assert table and set(table) <= {
+        f"| {task} | {budget} | {f['sdac']} | {f['sac']} |" for (task, budget), f in rows.items()
+    }
 
 
 @pytest.fixture
@@ -433,13 +448,80 @@ def test_record_keeps_what_it_can(tool, tmp_path):
     run = tmp_path / "runs" / "InvertedPendulum-v4__sac__1__1"
     assert "cannot be kept (FileNotFoundError: " in tool("record.py", run)
     run.mkdir(parents=True)
-    torch.save({"algorithm": "sac", "args": {"env_id": "InvertedPendulum-v4"}}, run / "model.pt")
+    saved = {"args": {"env_id": "InvertedPendulum-v4"}, "evaluations": []}
+    torch.save(saved, run / "checkpoint.pt")
     (run / "metrics.csv").write_text("global_step,updates,episodic_return\n100,1,5\n")
-    (run / "timing.csv").write_text("global_step,updates,seconds\n")
+    assert "cannot be kept (FileNotFoundError: " in tool("record.py", run)
+    (run / "model.pt").touch()
     assert "cannot be kept (ValueError: " in tool("record.py", run)
-    (run / "timing.csv").write_text("global_step,updates,seconds\n100,1,9\n")
+    torch.save(saved | {"evaluations": [[100, 1, 5.0, 0.0, 10.0, 9.0]]}, run / "checkpoint.pt")
     facts = tmp_path / "results" / f"{run.name}.json"
     assert tool("record.py", run) == "" and json.loads(facts.read_text())["script_sha256"] is None
     (tmp_path / "sac_continuous_action.py").write_text("1 + 1\n")
     expected = hashlib.sha256(b"1 + 1\n").hexdigest()
     assert tool("record.py", run) == "" and json.loads(facts.read_text())["script_sha256"] == expected
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_record_reads_runs_of_both_versions(tool, tmp_path, earlier):
+    """Seconds are in the checkpoint or, of an earlier version, in timing.csv; the arguments tell the algorithm."""
+    run = tmp_path / "runs" / "InvertedPendulum-v4__sdac__1__1"
+    run.mkdir(parents=True)
+    args = {"env_id": "InvertedPendulum-v4", "denoising_steps": 3, "resume": "runs/x"}
+    evaluations = [[100, 1, 5.5, 0.5, 10.0, 9.25], [200, 2, 6.5, 0.0, 11.0, 17.5]]
+    (run / "metrics.csv").write_text("global_step,updates,episodic_return\n100,1,5.5\n200,2,6.5\n")
+    if earlier:
+        args |= {"save_model": True, "cudagraphs": False}
+        (run / "timing.csv").write_text("global_step,updates,seconds,evaluation_seconds\n100,1,9.25,4\n200,2,17.5,4\n")
+        evaluations = [(row[2], f"evaluation at step {row[0]}") for row in evaluations]
+    torch.save({"args": args, "evaluations": evaluations, "rows": torch.zeros(5, 3)}, run / "checkpoint.pt")
+    (run / "model.pt").touch()
+    assert tool("record.py", run) == ""
+    expected = "global_step,updates,episodic_return,seconds\n100,1,5.5,9.25\n200,2,6.5,17.5\n"
+    assert (tmp_path / "results" / f"{run.name}.csv").read_text() == expected
+    facts = json.loads((tmp_path / "results" / f"{run.name}.json").read_text())
+    assert facts["algorithm"] == "sdac" and facts["seconds"] == 17.5 and facts["args"] == args | {"resume": None}
+
+
+def test_arguments_of_earlier_versions_are_compared(monkeypatch, tmp_path):
+    """In a result and in a checkpoint: a flag that is no more, or came later, is no difference; another value or
+    algorithm is."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    module = importlib.import_module("run")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    sdac, sac = (module.Run("grid", "Hopper-v4", "x", 1, name, ["--env-id", "Hopper-v4"]) for name in ("sdac", "sac"))
+    args = {"exp_name": "sdac_continuous_action", "env_id": "Hopper-v4", "gamma": 0.99, "denoising_steps": 10}
+    removed = {"torch_deterministic": True, "save_model": False, "cudagraphs": True, "wandb_project_name": "another"}
+    result = tmp_path / f"benchmark/results/grid/{sdac.key}__1.json"
+    checkpoint = sdac.folder() / "runs" / sdac.key / "checkpoint.pt"
+    for path, write in (
+        (result, lambda facts: result.write_text(json.dumps(facts))),
+        (checkpoint, lambda facts: torch.save(facts, checkpoint)),
+    ):
+        path.parent.mkdir(parents=True)
+        write({"args": args | removed, "algorithm": "sdac"})
+        assert sdac.differences() is None
+        assert "algorithm sdac (grid: sac)" in sac.differences()
+        write({"args": args | {"gamma": 0.5}})
+        assert sdac.differences() == "gamma 0.5 (grid: 0.99)"
+        path.unlink()
+
+
+def test_speed_compares_equal_networks(module, monkeypatch):
+    """The eager networks that speed.py measures beside the scripts' own compute the same (bfloat16: nearly)."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    monkeypatch.setattr(module.MLP, "forward", module.MLP.forward)
+    torch.manual_seed(0)
+    obs, actions, critics = torch.randn(3, 5), torch.randn(3, 4, 2), module.MLP(5, 2, 1, copies=(2,))
+    if hasattr(module, "Actor"):
+        monkeypatch.setattr(module.Actor, "forward", module.Actor.forward)
+        functions = [(module.Actor(5, 2), (obs,), 1e-6)]
+    else:
+        denoiser, t = module.Denoiser(5, 2), torch.tensor(1)
+        functions = [(denoiser, (obs, actions, t), 1e-6), (denoiser, (obs, actions, t, torch.bfloat16), 1e-3)]
+    functions.append((critics, (obs, actions), 1e-6))
+    with torch.no_grad():
+        before = [function(*inputs) for function, inputs, _ in functions]
+        importlib.import_module("speed").plain_networks(module)
+        for (function, inputs, tolerance), expected in zip(functions, before, strict=True):
+            torch.testing.assert_close(function(*inputs), expected, rtol=0, atol=tolerance, check_dtype=False)

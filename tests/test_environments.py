@@ -1,7 +1,6 @@
 """Environments and the training loop around them: episode ends, action bounds, seeds and evaluation."""
 
 import csv
-from functools import partial
 from pathlib import Path
 from statistics import pstdev
 
@@ -25,10 +24,10 @@ def run(module, small_args, monkeypatch, tmp_path):
                 super().add(*columns)
 
         class Actor(module.Agent):
-            def act(self, obs, generator, explore):
-                if explore:
+            def act(self, obs, generator, explore=True, **policy):
+                if explore and not policy:  # the update asks for actions of the online policy
                     acted.append(obs.clone())
-                return super().act(obs, generator, explore)
+                return super().act(obs, generator, explore, **policy)
 
         (tmp_path / folder).mkdir()
         with monkeypatch.context() as patch:
@@ -140,7 +139,7 @@ def test_actions_are_rescaled(module, register_spaces, monkeypatch, env_id):
     """An action a in [-1, 1] reaches the task as low + (a + 1)/2 (high - low), never outside its bounds."""
     low, high = (np.float32(bound) for bound in BOUNDS[env_id])
     register_spaces(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(low, high))
-    envs = module.make_vector_env([partial(module.make_env, env_id)] * 2)
+    envs = module.make_envs(env_id, 2)
     assert (envs.single_action_space.low == -1).all() and (envs.single_action_space.high == 1).all()
     inner, received = envs.envs[1].unwrapped, []
     step = inner.step
@@ -173,6 +172,31 @@ def test_seeds(run):
     assert len(set(actions[:, 0].tolist())) == 48 and not set(actions[:, 0].tolist()) & set(
         other_actions[:, 0].tolist()
     )
+
+
+def test_every_episode_has_a_fresh_seed(scripted, run, monkeypatch):
+    """Every checkpoint gives new seeds, and so does another run; all evaluations of a run have the same, others."""
+    seeds, reset = [], scripted.reset
+
+    def watched(self, seed=None, options=None):
+        result = reset(self, seed, options)
+        seeds.append((self.who, seed))
+        return result
+
+    monkeypatch.setattr(scripted, "reset", watched)
+    chosen, evaluated = [], []
+    for seed in (1, 11):
+        scripted.born, scripted.plan = 0, [[(10**6, "truncated")]] * 2
+        seeds.clear()
+        settings = {"learning_starts": 60, "total_timesteps": 60, "eval_frequency": 30, "checkpoint_frequency": 20}
+        run(str(seed), env_id="Scripted-v0", seed=seed, **settings)
+        given = [(who, number) for who, number in seeds if number is not None]  # those without begin by themselves
+        chosen += [number for who, number in given if who < 2]
+        first, *again = ([dict(given)[who] for who in pair] for pair in ((2, 3), (4, 5)))
+        assert again == [first]
+        evaluated += first
+    assert len(chosen) == 2 * 4 * 2  # at steps 0, 20, 40 and 60, for two environments in two runs
+    assert len(set(chosen + evaluated)) == len(chosen) + 4
 
 
 def test_warm_up_actions_are_uniform(scripted, run):

@@ -101,8 +101,8 @@ def test_policy_ascends_the_soft_value(q_scale, alpha):
     for _ in range(300):
         metrics = agent.update(batch, g)
     with torch.no_grad():
-        tried = agent.critics(obs, torch.rand(8, 5000, 2, generator=g) * 2 - 1).amin(0)
-        reached = agent.critics(obs, agent.policy(obs)[0].tanh()[:, None]).amin(0)[:, 0]
+        tried = agent.critics(obs, torch.rand(8, 5000, 2, generator=g) * 2 - 1).amin(0)[..., 0]
+        reached = agent.critics(obs, agent.policy(obs)[0].tanh()[:, None]).amin(0)[:, 0, 0]
     if q_scale:
         assert (reached > tried.quantile(0.95, dim=1)).all()
     else:
@@ -114,8 +114,8 @@ def test_temperature_moves_the_entropy_to_its_target(bias, direction):
     """α rises while the policy's entropy is below -d and falls while it is above."""
     agent, batch = make_agent_and_batch(policy_lr=1e-12)
     with torch.no_grad():  # standard deviation about e^-4, and about 1
-        agent.policy.output_layer.weight.zero_()
-        agent.policy.output_layer.bias.copy_(torch.tensor([0.0, 0, bias, bias]))
+        agent.policy.layers[-1].weight.zero_()
+        agent.policy.layers[-1].bias.copy_(torch.tensor([0.0, 0, bias, bias]))
     metrics = agent.update(batch, torch.Generator().manual_seed(5))
     assert (metrics["entropy"] < -2) == (direction > 0)
     # Adam's first step is the learning rate in the direction of the gradient
@@ -123,9 +123,9 @@ def test_temperature_moves_the_entropy_to_its_target(bias, direction):
 
 
 def test_target_critics_follow_by_tau():
-    """After one update each target parameter is τ of the new critic's and 1-τ of its old value."""
+    """They start as the critics; after one update each parameter is τ of the new critic's and 1-τ of its old value."""
     agent, batch = make_agent_and_batch(tau=0.25)
-    old = [p.clone() for p in agent.target_critics.parameters()]
+    old = [p.clone() for p in agent.critics.parameters()]
     agent.update(batch, torch.Generator().manual_seed(6))
     for before, after, online in zip(old, agent.target_critics.parameters(), agent.critics.parameters(), strict=True):
         assert not torch.equal(before, online)

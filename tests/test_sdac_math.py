@@ -52,21 +52,23 @@ def sinusoid(t):
     return torch.tensor([math.sin(x) for x in angles] + [math.cos(x) for x in angles], dtype=torch.float64)
 
 
+def mlp(net, *inputs, which=()):
+    """One network, or the given one of several, layer by layer on one vector: the concatenated inputs."""
+    *hidden, last = [(w[which].T, b[which][0]) for w, b in zip(net.weights, net.biases, strict=True)]
+    h = torch.cat(inputs)
+    for weight, bias in hidden:
+        h = F.mish(F.linear(h, weight, bias))
+    return F.linear(h, *last)
+
+
 def denoise(net, s, a, t):
-    """ε_θ(s, a, t) of one state, action and step: the first layer is one nn.Linear on their concatenation."""
-    embedding = net.time_mlp(sinusoid(int(t)).to(s.dtype))
-    h = F.mish(net.input_layer(torch.cat([s, embedding, a])))
-    for layer in net.hidden_layers:
-        h = F.mish(layer(h))
-    return net.output_layer(h)
+    """ε_θ(s, a, t) of one state, action and step."""
+    return mlp(net.mlp, s, net.time_mlp(sinusoid(int(t)).to(s.dtype)), a)
 
 
 def q_value(critics, j, s, a):
-    """Q_j of one state and action, layer by layer."""
-    h = torch.cat([s, a])
-    for i, (weight, bias) in enumerate(zip(critics.weights, critics.biases, strict=True)):
-        h = weight[j].T @ (h if i == 0 else F.mish(h)) + bias[j, 0]
-    return h[0]
+    """Q_j of one state and action."""
+    return mlp(critics, s, a, which=j)[0]
 
 
 def min_q(critics, s, a):
@@ -131,7 +133,8 @@ def test_schedule_is_the_ddpm_chain_and_its_bayes_posterior(kind, num_steps):
         assert schedule.noise[t].item() == pytest.approx(math.sqrt(step[4]), rel=1e-10)
         for a_0, a_t in [(1.0, 0.0), (0.0, 1.0), (-0.7, 2.3)]:
             mean, std = bayes(step, a_0, a_t)
-            assert schedule.posterior_mean(a_0, a_t, t).item() == pytest.approx(mean, rel=1e-9, abs=1e-12)
+            found = schedule.posterior_a0[t] * a_0 + schedule.posterior_at[t] * a_t
+            assert found.item() == pytest.approx(mean, rel=1e-9, abs=1e-12)
             assert schedule.posterior_std[t].item() == pytest.approx(std, rel=1e-9, abs=1e-12)
 
 
@@ -163,28 +166,40 @@ def test_agent_has_the_chosen_schedule(choices, kind, num_steps):
 
 
 @both_schedules
-def test_add_noise_has_the_distribution_of_the_single_steps(kind, num_steps):
-    """a_t from add_noise and from t+1 single steps a ← √(1-β) a + √β z have the same mean and variance."""
-    schedule, n, a_0 = sdac.NoiseSchedule(num_steps, kind, dtype=torch.float64), 100_000, 0.7
-    generator, walk = seeded(1), torch.full((n,), a_0, dtype=torch.float64)
-    draw = lambda: torch.randn(n, generator=generator, dtype=torch.float64)  # noqa: E731
+def test_noised_actions_have_the_distribution_of_the_single_steps(monkeypatch, kind, num_steps):
+    """a_t of the policy's loss, t uniform, and t+1 single steps a ← √(1-β) a + √β z have the same mean and variance."""
+    n, a_0, generator = 50_000, 0.7, seeded(1)
+    agent = make_agent(schedule=kind, denoising_steps=num_steps, num_reverse_samples=1, anchor="next")
+    spy(monkeypatch, "min_q", lambda critics, obs, actions: actions[..., 0])
+    calls = spy(monkeypatch, "rsm_loss", lambda policy, *_: next(policy.parameters()).sum())
+    agent.update_policy(*torch.zeros(2, n * num_steps, 3), torch.full((n * num_steps, 2), a_0), generator)
+    (_, _, a_t, steps, _), _ = calls[0]
+    walk = torch.full((2 * n,), a_0, dtype=torch.float64)
     for t, (beta, *_, variance) in enumerate(chain(kind, num_steps)):
-        walk = math.sqrt(1 - beta) * walk + math.sqrt(beta) * draw()
-        jump = schedule.add_noise(a_0, draw(), t)
-        # 5 standard errors; the difference of two estimates has √2 times the error of one: σ/√n, σ²√(2/n)
-        assert abs(walk.mean() - jump.mean()) < 5 * math.sqrt(2 * variance / n)
-        assert abs(walk.var() - jump.var()) < 5 * variance * math.sqrt(4 / n)
+        walk = math.sqrt(1 - beta) * walk + math.sqrt(beta) * torch.randn(2 * n, generator=generator)
+        jump = a_t[steps[:, 0] == t].double().flatten()
+        # 5 standard errors; the difference of two estimates has √2 times the error of one: σ/√N, σ²√(2/N), N = 2n
+        assert abs(len(jump) / 2 - n) < 5 * math.sqrt(n)
+        assert abs(walk.mean() - jump.mean()) < 5 * math.sqrt(2 * variance / (2 * n))
+        assert abs(walk.var() - jump.var()) < 5 * variance * math.sqrt(4 / (2 * n))
 
 
 @both_schedules
-def test_predict_a0_undoes_add_noise(kind, num_steps):
-    """Solving the forward process for a_0 gives a_0 back, for a tensor of steps that broadcasts."""
-    schedule, t = sdac.NoiseSchedule(num_steps, kind, dtype=torch.float64), torch.arange(num_steps)[:, None]
-    a_0, eps = 2 * torch.rand(num_steps, 3, generator=seeded(), dtype=torch.float64) - 1, randn(num_steps, 3, seed=1)
-    a_t = schedule.add_noise(a_0, eps, t)
-    assert (a_t - a_0).abs().max() > 1
+def test_sampling_ends_in_the_a0_that_the_noise_tells(kind, num_steps):
+    """A denoiser that knows a_0 and solves the forward process for ε, at every step, brings every particle to a_0."""
+    schedule, steps = sdac.NoiseSchedule(num_steps, kind, dtype=torch.float64), chain(kind, num_steps)
+    a_0 = 2 * torch.rand(5, 1, 3, generator=seeded(), dtype=torch.float64) - 1
+    farthest = []
+
+    def denoiser(obs, a_t, t, dtype):
+        farthest.append((a_t - a_0).abs().max())
+        return (a_t - steps[t][3] * a_0) / math.sqrt(steps[t][4])
+
+    denoiser.action_dim, no_choice = 3, lambda obs, actions: torch.zeros(2, *actions.shape[:2], 1)
+    ends = sdac.sample_actions(denoiser, no_choice, schedule, torch.zeros(5, 1).double(), 4, seeded(1))
     # √ᾱ is 1/435 at t = 19 of the linear schedule, which magnifies the rounding of 1e-16
-    torch.testing.assert_close(schedule.predict_a0(a_t, eps, t), a_0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ends, a_0[:, 0], rtol=0, atol=1e-12)
+    assert len(farthest) == num_steps and farthest[0] > 1
 
 
 # ---- Networks ----
@@ -205,34 +220,43 @@ def test_denoiser_is_an_mlp_on_the_concatenated_input():
 
 def test_time_embedding_is_the_formula_and_tells_all_steps_apart():
     """[sin, cos](t · 10000^(-i/8)); any two of 100 steps are 1 apart, and stay apart behind the layers on top."""
-    net, t = double(sdac.Denoiser, 4, 3), torch.arange(100)
-    embedding = net.embed_time(t)
+    net, t, seen = double(sdac.Denoiser, 4, 3), torch.arange(100), []
+    net.time_mlp.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output)))
+    for steps in (t, t[7]):  # one for each state, or one for all
+        net(torch.zeros(100, 4).double(), torch.zeros(100, 1, 3).double(), steps)
+    (embedding, features), (seventh, _) = seen
     # Angles in float32: up to 99, each with two roundings of 6e-8
     torch.testing.assert_close(embedding, torch.stack([sinusoid(i) for i in range(100)]), rtol=0, atol=1.6e-5)
-    torch.testing.assert_close(net.embed_time(t[7]), embedding[7], rtol=0, atol=0)
+    torch.testing.assert_close(seventh, embedding[7], rtol=0, atol=1.2e-7)  # one rounding
     # The distance depends on Δ = t - t' alone, √(Σ_i (2 sin(Δ 10000^(-i/8)/2))²): 1.02 for Δ = 1, more for others
     assert torch.pdist(embedding).min() > 1
-    assert torch.pdist(net.time_mlp(embedding)).min() > 1e-3
+    assert torch.pdist(features).min() > 1e-3
 
 
 def test_critics_are_two_separate_mlps():
-    """The batched forward pass gives, for each state and action, the values of two MLPs evaluated one by one."""
-    critics, obs, actions = double(sdac.Critics, 4, 3, hidden_dim=32), randn(2, 4), randn(2, 5, 3, seed=1)
-    values = critics(obs, actions)
+    """The batched forward pass gives, for each state and action, the values of two MLPs evaluated one by one, and min_q
+    the smaller one."""
+    critics, obs, actions = double(sdac.MLP, 4, 3, 1, (2,), hidden_dim=32), randn(2, 4), randn(2, 5, 3, seed=1)
+    values = critics(obs, actions)[..., 0]
     expected = [
         [[q_value(critics, j, obs[b], actions[b, n]).item() for n in range(5)] for b in range(2)] for j in range(2)
     ]
-    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
     assert (values[0] - values[1]).abs().min() > 1e-4
+    smaller = torch.minimum(*expected)
+    torch.testing.assert_close(sdac.min_q(critics, obs, actions), smaller, rtol=1e-12, atol=1e-12)
 
 
-def test_critics_are_initialised_as_linear_layers_are():
-    """Weights and biases are uniform on ±1/√(fan-in), for each of the two critics and each layer."""
+@pytest.mark.parametrize(("network", "copies", "sizes"), [("critics", (2,), [17, 1]), ("policy", (), [33, 6])])
+def test_networks_are_initialised_as_linear_layers_are(network, copies, sizes):
+    """Weights and biases are uniform on ±1/√(fan-in), for each layer of the denoiser and of each of the two critics."""
     torch.manual_seed(5)
-    critics, sizes = sdac.Critics(11, 6), [17, 256, 256, 256, 1]
-    for weight, bias, (fan_in, fan_out) in zip(critics.weights, critics.biases, itertools.pairwise(sizes), strict=True):
-        assert weight.shape == (2, fan_in, fan_out) and bias.shape == (2, 1, fan_out)
-        for values in [weight[0], weight[1], bias]:
+    agent, sizes = sdac.Agent(sdac.Args(compile=False), 11, 6, CPU), [sizes[0], 256, 256, 256, sizes[1]]
+    net = agent.critics if network == "critics" else agent.policy.mlp
+    for weight, bias, (fan_in, fan_out) in zip(net.weights, net.biases, itertools.pairwise(sizes), strict=True):
+        assert weight.shape == (*copies, fan_in, fan_out) and bias.shape == (*copies, 1, fan_out)
+        for values in [*weight.view(-1, fan_in, fan_out), bias]:
             x, n = values.detach().double().flatten() * fan_in**0.5, values.numel()
             assert x.abs().max() <= 1 + 1e-6
             # 5 standard errors of the first two moments of a uniform number on ±1: 0 and 1/3, variances 1/3 and 4/45
@@ -261,7 +285,7 @@ def test_compiled_mish_formula_is_mish(monkeypatch):
 def test_sample_actions_is_textbook_ddpm_with_the_best_particle(kind, start, exploration_std):
     """Loops over states, particles and steps with the same noise give the same actions."""
     num_states, num_particles, d, num_steps = 6, 5, 2, 4
-    net, critics = double(sdac.Denoiser, 3, d, hidden_dim=16), double(sdac.Critics, 3, d, hidden_dim=16, seed=1)
+    net, critics = double(sdac.Denoiser, 3, d, hidden_dim=16), double(sdac.MLP, 3, d, 1, (2,), 16, seed=1)
     for parameter in [*net.parameters(), *critics.parameters()]:
         parameter.data *= 2  # networks that matter
     obs, schedule = randn(num_states, 3), sdac.NoiseSchedule(num_steps, kind, dtype=torch.float64)
@@ -274,7 +298,7 @@ def test_sample_actions_is_textbook_ddpm_with_the_best_particle(kind, start, exp
     expected = expected + (exploration_std or 0) * exploration
     # 1e-6: the script computes the embedding's angles in float32
     torch.testing.assert_close(actions, expected.clamp(-1, 1), rtol=0, atol=1e-6)
-    assert clipped > 0 and len(set(winners)) > 2
+    assert clipped > 0 and len(set(winners)) > 2 and not actions.requires_grad
     assert exploration_std is None or (expected.abs() > 1).any()
 
 
@@ -285,7 +309,7 @@ class GaussianDenoiser:
         self.action_dim, self.mu, self.sigma = len(mu), mu, sigma
         self.signal, self.variance = (torch.tensor([step[i] for step in steps], dtype=torch.float64) for i in (3, 4))
 
-    def __call__(self, obs, a_t, t):
+    def __call__(self, obs, a_t, t, dtype):
         signal, variance = self.signal[t], self.variance[t]
         return variance.sqrt() * (a_t - signal * self.mu) / (signal**2 * self.sigma**2 + variance)
 
@@ -295,7 +319,7 @@ def test_sample_actions_samples_a_gaussian_given_its_score(kind, num_steps):
     """Given the score of N(μ, σ²I), samples have the chain's moments, with many steps those of E[a_0|a_t], t = 0."""
     n, mu, sigma, steps = 20_000, torch.tensor([0.25, -0.2], dtype=torch.float64), 0.15, chain(kind, num_steps)
     denoiser, schedule = GaussianDenoiser(steps, mu, sigma), sdac.NoiseSchedule(num_steps, kind, dtype=torch.float64)
-    critics = lambda obs, actions: torch.zeros(2, *actions.shape[:2])  # noqa: E731
+    critics = lambda obs, actions: torch.zeros(2, *actions.shape[:2], 1)  # noqa: E731
     obs = torch.zeros(n, 1, dtype=torch.float64)
     samples = sdac.sample_actions(denoiser, critics, schedule, obs, 1, seeded())
 
@@ -340,7 +364,7 @@ def test_truncated_samples_stay_in_the_box_and_satisfy_the_forward_equation(kind
     uniform = torch.cat([ends, torch.rand(28, generator=seeded())])[:, None].expand(len(t), 32, 2)
     eps, a_hat = sdac.reverse_samples(schedule, a_t, t, uniform, "truncate")
     assert eps.isfinite().all() and a_hat.isfinite().all() and a_hat.abs().max() <= 1
-    forward = schedule.add_noise(a_hat.double(), eps.double(), t[:, None])
+    forward = schedule.signal[t[:, None]] * a_hat.double() + schedule.noise[t[:, None]] * eps.double()
     # 3 roundings of float32 (6e-8 each) of quantities of the size of a_t or 1
     assert ((forward - a_t[:, None]).abs() <= 2e-7 * (1 + a_t[:, None].abs())).all()
 
@@ -475,16 +499,6 @@ def test_rsm_loss_has_the_gradient_of_the_loss_with_all_samples():
         torch.testing.assert_close(gradient, brute_force, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_mirror_descent_weights():
-    """exp of the standardised value, cut at ±3, over α, one value at a time."""
-    values, mean, std, alpha = [-40.0, -5.0, 0.5, 1.0, 4.0, 60.0], 1.5, 2.0, 0.8
-    weights = sdac.mirror_descent_weights(torch.tensor(values), torch.tensor(mean), torch.tensor(std), alpha)
-    for value, weight in zip(values, weights.tolist(), strict=True):
-        standardised = (value - mean) / std
-        standardised = -3 if standardised < -3 else 3 if standardised > 3 else standardised
-        assert weight == pytest.approx(math.e ** (standardised / alpha), rel=1e-5)
-
-
 # ---- The agent ----
 
 
@@ -519,14 +533,16 @@ def fixed_actions(*args):
 
 
 def test_act_uses_the_averaged_policy_and_explores_on_request(monkeypatch):
-    """The environment sees the averaged policy ranked by the online critics, with noise 0.1 α only if asked."""
+    """The environment sees the averaged policy ranked by the online critics, with noise 0.1 α unless told otherwise."""
     agent, obs, generator = make_agent(), randn(5, 3, dtype=torch.float32), seeded()
-    calls = spy(monkeypatch, "sample_actions")
-    quiet, noisy = agent.act(obs, generator, explore=False), agent.act(obs, generator, explore=True)
-    for (args, actions), returned, std in zip(calls, [quiet, noisy], [None, 0.5], strict=True):
-        assert args[0] is agent.ema_policy and args[1] is agent.critics and args[2] is agent.schedule
+    agent.dtype, calls = torch.bfloat16, spy(monkeypatch, "sample_actions")
+    results = [agent.act(obs, generator, **choice) for choice in ({"explore": False}, {}, {"policy": agent.policy})]
+    policies = agent.ema_policy, agent.ema_policy, agent.policy
+    for (args, actions), returned, policy, std in zip(calls, results, policies, [None, 0.5, 0.5], strict=True):
+        assert args[0] is policy and args[1] is agent.critics and args[2] is agent.schedule
         assert args[3] is obs and args[4] == 2 and args[5] is generator and returned is actions
         assert args[6] is std if std is None else args[6].item() == pytest.approx(std)
+        assert args[7] is torch.bfloat16
 
 
 def recompute_update(agent, batch, generator, dtype):
@@ -656,26 +672,47 @@ def test_averages_start_as_the_online_networks():
     agent = sdac.Agent(sdac.Args(compile=False), 3, 2, CPU)
     for average, source in [(agent.target_critics, agent.critics), (agent.ema_policy, agent.policy)]:
         torch.testing.assert_close(average.state_dict(), source.state_dict(), rtol=0, atol=0)
-        next(source.parameters()).data += 1
-        assert (next(average.parameters()) - next(source.parameters())).abs().min() > 0.5
+        for old, new in zip(average.parameters(), source.parameters(), strict=True):
+            new.data += 1
+            assert (new - old).min() > 0.5
 
 
 # ---- The temperature ----
 
 
-def test_fixed_temperature_is_a_fifth_of_alpha_and_measures_nothing():
+@pytest.fixture
+def measure(monkeypatch):
+    """λ of an agent's policy update that finds Q (B, M) at the reverse samples, and ε, target and effective sample size
+    that go with it; t are the B noise levels drawn."""
+    spy(monkeypatch, "sample_actions", fixed_actions)
+    calls = spy(monkeypatch, "rsm_target")
+
+    def measure(agent, q, t):
+        agent.args.num_reverse_samples, obs = q.shape[1], torch.zeros(len(t), 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(sdac, "min_q", lambda critics, obs, actions: q)
+            patch.setattr(torch, "randint", lambda *args, **kwargs: torch.tensor(t)[:, None])
+            metrics = agent.update_policy(obs, obs, torch.zeros(len(t), 2), seeded())
+        (eps, found, temperature), (target, ess) = calls[-1]
+        assert found is q and metrics["temperature"].item() == temperature.item()
+        return temperature.item(), eps, target, ess
+
+    return measure
+
+
+def test_fixed_temperature_is_a_fifth_of_alpha_and_measures_nothing(measure):
     """λ = α/5 whatever Q is, and σ_Q stays where it was."""
-    agent, t = make_agent(temperature="fixed"), torch.tensor([[2], [0]])
+    agent = make_agent(temperature="fixed")
     for alpha in (5.0, 2.0):
         agent.log_alpha.data.fill_(math.log(alpha))
         for scale in (1.0, 100.0):
             q = scale * randn(2, 7, dtype=torch.float32)
-            assert agent.temperature(q, t).item() == pytest.approx(alpha / 5, rel=1e-6)
+            assert measure(agent, q, [2, 0])[0] == pytest.approx(alpha / 5, rel=1e-6)
     assert agent.q_spread.item() == 0
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 4, 10])
-def test_relative_temperature_follows_a_running_mean_of_the_spread(num_steps):
+def test_relative_temperature_follows_a_running_mean_of_the_spread(measure, num_steps):
     """σ_Q starts at its first measurement and moves by 0.01; rows below T/2 count only if there are no others."""
     agent, expected, half = make_agent(temperature="relative", denoising_steps=num_steps), None, num_steps // 2
     agent.log_alpha.data.fill_(math.log(2.0))
@@ -687,30 +724,30 @@ def test_relative_temperature_follows_a_running_mean_of_the_spread(num_steps):
         q = 20 + (n + 1) * torch.arange(1, 7)[:, None] * randn(6, 9, seed=n, dtype=torch.float32)
         measured = statistics.fmean(statistics.pstdev(q[b].tolist()) for b in counted)
         expected = measured if n == 0 else expected + 0.01 * (measured - expected)
-        assert agent.temperature(q, torch.tensor(t)[:, None]).item() == pytest.approx(0.4 * expected, rel=1e-5)
+        assert measure(agent, q, t)[0] == pytest.approx(0.4 * expected, rel=1e-5)
         assert agent.q_spread.item() == pytest.approx(expected, rel=1e-5)
     assert measured > 1.5 * expected  # the mean lags far behind, as it should with so small a rate
 
 
-def test_spread_of_a_batch_without_upper_rows_is_finite():
+def test_spread_of_a_batch_without_upper_rows_is_finite(measure):
     """With every t below T/2 the rows with the largest t count, be they all rows or one; the others do not matter."""
     q = torch.tensor([[0.0, 2.0], [0.0, 6.0], [1.0, 9.0]])
     for t, expected in [([1, 3, 1], 3.0), ([0, 0, 0], 8 / 3), ([4, 2, 4], 2.5), ([5, 4, 9], 2.5), ([1, 4, 5], 4.0)]:
-        assert sdac.q_spread(q, torch.tensor(t)[:, None], 10).item() == pytest.approx(expected, rel=1e-6), t
+        agent = make_agent(temperature="relative", denoising_steps=10)  # with λ = σ_Q
+        assert measure(agent, q, t)[0] == pytest.approx(expected, rel=1e-6), t
 
 
-def test_constant_q_leaves_everything_finite_and_the_first_spread_to_come():
+def test_constant_q_leaves_everything_finite_and_the_first_spread_to_come(measure):
     """Without any spread λ is positive and the weights are equal; the first spread that is not 0 is taken whole."""
-    agent, t = make_agent(temperature="relative"), torch.tensor([[2], [1]])
-    q = torch.full((2, 8), 0.75)
-    target, ess = sdac.rsm_target(eps := randn(2, 8, 2, dtype=torch.float32), q, temperature := agent.temperature(q, t))
-    assert 0 < temperature.item() < 1e-6
+    agent, t, constant = make_agent(temperature="relative"), [2, 1], torch.full((2, 8), 0.75)
+    temperature, eps, target, ess = measure(agent, constant, t)
+    assert 0 < temperature < 1e-6
     torch.testing.assert_close(target, eps.mean(1))
     assert ess.tolist() == pytest.approx([8, 8])
     q = randn(2, 8, dtype=torch.float32)
     expected = statistics.fmean(statistics.pstdev(row) for row in q.tolist())
-    assert agent.temperature(q, t).item() == pytest.approx(expected, rel=1e-5)
-    agent.temperature(torch.full((2, 8), 0.75), t)  # later on, no spread is a measurement like any other
+    assert measure(agent, q, t)[0] == pytest.approx(expected, rel=1e-5)
+    measure(agent, constant, t)  # later on, no spread is a measurement like any other
     assert agent.q_spread.item() == pytest.approx(0.99 * expected, rel=1e-5)
 
 
@@ -722,9 +759,9 @@ def test_a_hundred_times_the_q_leaves_relative_weights_as_they_are(monkeypatch, 
         agent = make_agent(temperature=temperature, num_reverse_samples=32)
         agent.critics.weights[-1].data *= scale
         agent.critics.biases[-1].data *= scale
-        generator = seeded(7)
+        generator, (obs, actions, _, next_obs, _) = seeded(7), make_batch()
         for _ in range(3):  # the policy learns from its targets, so these are the same three times or not at all
-            results.append(agent.update_policy((*make_batch(), make_batch()[1]), generator)["temperature"].item())
+            results.append(agent.update_policy(obs, next_obs, actions, generator)["temperature"].item())
     for n in range(3):
         (_, (target, ess)), (_, (large_target, large_ess)) = calls[n], calls[n + 3]
         if temperature == "relative":
@@ -737,16 +774,31 @@ def test_a_hundred_times_the_q_leaves_relative_weights_as_they_are(monkeypatch, 
             assert large_ess.mean() < 0.7 * ess.mean()
 
 
-def test_the_state_of_an_agent_holds_the_spread():
+def test_the_state_of_an_agent_holds_the_spread(measure):
     """σ_Q survives a round trip through state_dict(): the next measurement moves it by a hundredth."""
     first, second = make_agent(temperature="relative"), make_agent(temperature="relative")
-    q, t = randn(2, 8, dtype=torch.float32), torch.tensor([[2], [1]])
-    first.temperature(q, t)
+    q, t = randn(2, 8, dtype=torch.float32), [2, 1]
+    measure(first, q, t)
     second.load_state_dict(first.state_dict())
-    assert second.temperature(50 * q, t).item() == pytest.approx(1.49 * first.q_spread.item(), rel=1e-5)
+    assert measure(second, 50 * q, t)[0] == pytest.approx(1.49 * first.q_spread.item(), rel=1e-5)
 
 
 # ---- The other parts of an update ----
+
+
+def test_mirror_descent_weights(monkeypatch):
+    """exp of the standardised value, cut at ±3, over α, one value at a time."""
+    agent, values, alpha = make_agent(weighting="mirror-descent"), [-40.0, -5.0, 0.5, 1.0, 4.0, 60.0], 0.8
+    agent.q_mean.fill_(1.5), agent.q_std.fill_(2.0), agent.log_alpha.data.fill_(math.log(alpha))
+    spy(monkeypatch, "min_q", lambda critics, obs, actions: torch.tensor(values)[:, None])
+    calls, (obs, actions, _, next_obs, _) = spy(monkeypatch, "rsm_loss"), make_batch()
+    agent.update_policy(obs, next_obs, actions, seeded())
+    mean = 0.999 * 1.5 + 0.001 * statistics.fmean(values)
+    std = 0.999 * 2 + 0.001 * statistics.stdev(values)
+    for value, weight in zip(values, calls[0][0][5].tolist(), strict=True):
+        standardised = (value - mean) / std
+        standardised = -3 if standardised < -3 else 3 if standardised > 3 else standardised
+        assert weight == pytest.approx(math.e ** (standardised / alpha), rel=1e-5)
 
 
 def test_mirror_descent_update(monkeypatch):
@@ -813,11 +865,8 @@ def test_exploration_noise_anneals_as_by_an_adam_of_plain_floats(monkeypatch):
     step = sdac.gradient_step
     only_alpha = lambda optimizer, loss: optimizer is agent.alpha_optimizer and step(optimizer, loss)  # noqa: E731
     monkeypatch.setattr(sdac, "gradient_step", only_alpha)
-    stds = [agent.exploration_std().item()]
-    for _ in range(776):  # of a default run: (1,000,000 - 30,000) steps / 5 environments / 250
-        metrics = agent.update(batch, None)
-        assert metrics["exploration_std"].item() == stds[-1]
-        stds.append(agent.exploration_std().item())
+    # a default run has (1,000,000 - 30,000) steps / 5 environments / 250 = 776 such updates; one more, to see the last
+    stds = [agent.update(batch, None)["exploration_std"].item() for _ in range(777)]
     expected, log_alpha, m, v = [0.5], math.log(5), 0.0, 0.0
     for n in range(1, 777):
         entropy = 2 * 0.5 * math.log(2 * math.pi * math.e * (0.1 * math.exp(log_alpha)) ** 2)
@@ -831,28 +880,25 @@ def test_exploration_noise_anneals_as_by_an_adam_of_plain_floats(monkeypatch):
     assert stds[-1] == pytest.approx(math.exp(-0.9) / math.sqrt(2 * math.pi * math.e), rel=2e-3)  # entropy -0.9 each
 
 
-def test_policy_learning_rate_is_held_and_then_falls_to_a_tenth():
-    """Factor 1 for 25k policy updates, 0.55 at 50k, 0.1 from 75k on, linear in between."""
-    points = {0: 1, 12_345: 1, 25_000: 1, 30_000: 0.91, 50_000: 0.55, 74_999: 0.100018, 75_000: 0.1, 10**7: 0.1}
-    for n, factor in points.items():
-        assert sdac.policy_lr_factor(n) == pytest.approx(factor)
-
-
-def test_policy_steps_with_the_learning_rate_of_their_number(monkeypatch):
-    """The n-th policy update, n = 0, 1, ..., steps with policy_lr · policy_lr_factor(n); the critics' rate is held."""
-    monkeypatch.setattr(sdac, "policy_lr_factor", lambda n: 1 / (1 + n))
-    agent, batch, generator = make_agent(), make_batch(), seeded()
-    rates, step = {agent.policy_optimizer: [], agent.q_optimizer: []}, sdac.gradient_step
+@pytest.mark.parametrize("frequency", [1, 2, 3])
+def test_policy_learning_rate_is_held_and_then_falls_to_a_tenth(monkeypatch, frequency):
+    """After n policy updates the next one steps with its learning rate times 1 up to n = 25k, 0.55 at 50k, 0.1 from 75k
+    on, linear in between; the critics' is held."""
+    agent, batch, generator = make_agent(policy_frequency=frequency, policy_lr=2e-3, q_lr=5e-3), make_batch(), seeded()
+    rates, step = {}, sdac.gradient_step
 
     def recording_step(optimizer, loss):
-        rates.setdefault(optimizer, []).append(float(optimizer.param_groups[0]["lr"]))
+        rates.setdefault(optimizer, []).append(optimizer.param_groups[0]["lr"])
         step(optimizer, loss)
 
     monkeypatch.setattr(sdac, "gradient_step", recording_step)
-    for _ in range(8):
-        agent.update(batch, generator)
-    assert rates[agent.policy_optimizer] == pytest.approx([3e-4, 3e-4 / 2, 3e-4 / 3, 3e-4 / 4])
-    assert rates[agent.q_optimizer] == pytest.approx([3e-4] * 8)
+    points = {0: 1, 12_345: 1, 25_000: 1, 30_000: 0.91, 50_000: 0.55, 74_999: 0.100018, 75_000: 0.1, 10**7: 0.1}
+    for n in points:
+        agent.updates = n * frequency
+        for _ in range(frequency):
+            agent.update(batch, generator)
+    assert rates[agent.policy_optimizer] == pytest.approx([2e-3 * factor for factor in points.values()])
+    assert rates[agent.q_optimizer] == [5e-3] * len(points) * frequency
 
 
 # ---- The replay buffer ----
@@ -883,21 +929,3 @@ def test_replay_buffer_keeps_the_last_transitions_whole():
         expected = [torch.cat([part[:1].flatten() for part in transitions(i, 1)]) for i in range(added)]
         rows = torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None]], dim=1)
         torch.testing.assert_close(rows, torch.stack(expected)[drawn.long()], rtol=0, atol=0)
-
-
-def test_replay_buffer_refuses_what_memory_cannot_hold(monkeypatch, capsys):
-    """One byte too few ends the program with status 2 and the sizes in gigabytes, before any allocation."""
-    size = 1_000_000
-    needed = 4 * size * (3 + 2 + 1 + 3 + 1)  # bytes of float32: s, a, r, s', end
-    monkeypatch.setattr(sdac, "free_memory", lambda device: needed)
-    assert sdac.ReplayBuffer(size, 3, 2, CPU).rows.nbytes == needed
-    monkeypatch.setattr(sdac, "free_memory", lambda device: needed - 1)
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: pytest.fail("memory was allocated"))
-    with pytest.raises(SystemExit) as stop:
-        sdac.ReplayBuffer(size, 3, 2, CPU)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("0.0 GB") == 2 and "--buffer-size 1000000" in message
-    monkeypatch.undo()
-    with pytest.raises(SystemExit) as stop:  # 40 PB, against the machine's own memory
-        sdac.ReplayBuffer(10**15, 3, 2, CPU)
-    assert stop.value.code == 2 and "40000000.0 GB" in capsys.readouterr().err
