@@ -91,11 +91,17 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), 0.0, False, True, {}
 
 
+STARTED = []  # processes
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """main() installs handlers of its own; puts those of pytest back."""
+    """main() installs handlers of its own; puts those of pytest back, and ends processes that a failed test left."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for process in STARTED:
+        process.kill()
+    STARTED.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -154,7 +160,8 @@ def start_process(script, *flags, cwd, env=None, **options):
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL") and not k.startswith("WANDB")}
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environ | hidden | (env or {}), **pipes, **options)
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environ | hidden | (env or {}), **pipes, **options))
+    return STARTED[-1]
 
 
 def command_line(script, *flags, cwd, env=None, **options):
