@@ -100,7 +100,7 @@ class MLP(nn.Module):
             self.biases.append(torch.empty(*copies, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
     def forward(self, context, actions):
-        """Context (B, c), actions (B, N, d) -> outputs (*copies, B, N, output_dim)."""
+        """Context (B, c), actions (B, N, d) -> (*copies, B, N, output_dim)."""
         context_weight, action_weight = self.weights[0].split(self.inputs, dim=-2)
         context = context @ context_weight + self.biases[0]
         h = (actions.flatten(0, 1) @ action_weight).unflatten(-2, actions.shape[:2])
@@ -263,6 +263,7 @@ def one_sentence(what, status=2):
         yield
     except Exception as error:
         print("error:", what, *(str(error) or type(error).__name__).split()[:80], file=sys.stderr)
+        sys.unraisablehook = lambda _: None  # what is half made may fail once more when it is deleted
         sys.exit(status)
 
 
@@ -403,6 +404,9 @@ def main(args, state=None):
     """Trains, goes on with a training, or evaluates a trained policy."""
     warnings.filterwarnings("ignore", message=".*out of date|compiler attribute|.*Overwriting existing videos")
     with one_sentence("cannot start:"):
+        import mujoco  # here, since it fails where MUJOCO_GL asks for what is not there
+
+        mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
         obs_dim, action_dim = validate(args)
         device = set_up_torch(args)
         agent, generator = Agent(args, obs_dim, action_dim, device), torch.Generator(device).manual_seed(args.seed)
@@ -410,8 +414,7 @@ def main(args, state=None):
             agent.load_state_dict(state["agent"])
             agent.updates = state["updates"]
     if args.evaluate is not None:
-        result = evaluate(agent, args, device, f"{state['run_dir'].name}/evaluation")
-        print(REPORT.format(state["step"], *result.values()))
+        print(REPORT.format(state["step"], *evaluate(agent, args, device, state["run_dir"].name).values()))
         return
     with one_sentence(f"--buffer-size {args.buffer_size} is too large:"):
         buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -420,7 +423,7 @@ def main(args, state=None):
             for optimizer, saved in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
             generator.set_state(state["generator"])
-            buffer.rows[: len(state["rows"])], buffer.added = state["rows"], state["step"]
+            buffer.rows[: state["step"]], buffer.added = state["rows"], state["step"]
         else:
             name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
             run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))

@@ -96,9 +96,8 @@ class Args:
 
 class NoiseSchedule:
     """Variance-preserving diffusion (DDPM: Ho et al., 2020) as tables over t = 0..T-1: signal √ᾱ_t, noise √(1-ᾱ_t), and
-    q(a_{t-1} | a_t, a_0) = N(posterior_a0 a_0 + posterior_at a_t, posterior_std² I).
-    "log-snr": noise/signal grows by a constant factor from step to step; sampling starts from N(0, I).
-    "linear": β grows linearly; sampling starts from 0.5 N(0, I) (the authors' choice)."""
+    q(a_{t-1} | a_t, a_0) = N(posterior_a0 a_0 + posterior_at a_t, posterior_std² I). "log-snr": noise/signal grows by a
+    constant factor, sampling starts from N(0, I). "linear": β is linear, the start 0.5 N(0, I)."""
 
     def __init__(self, num_steps, kind, device=None, dtype=torch.float32):
         self.num_steps, self.initial_std = num_steps, 0.5 if kind == "linear" else 1.0
@@ -137,8 +136,7 @@ class MLP(nn.Module):
             self.biases.append(torch.empty(*copies, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
     def forward(self, context, actions, dtype=None):
-        """Context (B, c), actions (B, N, d) -> outputs (*copies, B, N, output_dim). The products of what belongs
-        to actions, nearly all of the work, are computed in dtype, by default in that of the weights."""
+        """Context (B, c), actions (B, N, d) -> (*copies, B, N, output_dim). dtype is that of products per action."""
         context_weight, action_weight = self.weights[0].split(self.inputs, dim=-2)
         context = context @ context_weight + self.biases[0]
         h = (actions.flatten(0, 1).to(dtype) @ action_weight.to(dtype)).unflatten(-2, actions.shape[:2])
@@ -210,7 +208,6 @@ def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, e
 
 def reverse_samples(schedule, a_t, t, uniform, proposal):
     """Samples of φ(a_0 | a_t) = N(a_t/√ᾱ_t, (1-ᾱ_t)/ᾱ_t I) by inversion of the normal distribution function Φ.
-
     a_t (B, d), t (B, 1), uniform on [0, 1) (B, M, d) -> ε and â = (a_t - √(1-ᾱ_t) ε)/√ᾱ_t, both (B, M, d).
     "clip" moves â outside the box to its surface and leaves ε as it was (the authors' choice, biased);
     "truncate" draws ε from the part of the Gaussian for which â lies in the box: φ on the support of π."""
@@ -384,6 +381,7 @@ def one_sentence(what, status=2):
         yield
     except Exception as error:
         print("error:", what, *(str(error) or type(error).__name__).split()[:80], file=sys.stderr)
+        sys.unraisablehook = lambda _: None  # what is half made may fail once more when it is deleted
         sys.exit(status)
 
 
@@ -524,6 +522,9 @@ def main(args, state=None):
     """Trains, goes on with a training, or evaluates a trained policy."""
     warnings.filterwarnings("ignore", message=".*out of date|compiler attribute|.*Overwriting existing videos")
     with one_sentence("cannot start:"):
+        import mujoco  # here, since it fails where MUJOCO_GL asks for what is not there
+
+        mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
         obs_dim, action_dim = validate(args)
         device = set_up_torch(args)
         agent, generator = Agent(args, obs_dim, action_dim, device), torch.Generator(device).manual_seed(args.seed)
@@ -531,8 +532,7 @@ def main(args, state=None):
             agent.load_state_dict(state["agent"])
             agent.updates = state["updates"]
     if args.evaluate is not None:
-        result = evaluate(agent, args, device, f"{state['run_dir'].name}/evaluation")
-        print(REPORT.format(state["step"], *result.values()))
+        print(REPORT.format(state["step"], *evaluate(agent, args, device, state["run_dir"].name).values()))
         return
     with one_sentence(f"--buffer-size {args.buffer_size} is too large:"):
         buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -541,7 +541,7 @@ def main(args, state=None):
             for optimizer, saved in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
             generator.set_state(state["generator"])
-            buffer.rows[: len(state["rows"])], buffer.added = state["rows"], state["step"]
+            buffer.rows[: state["step"]], buffer.added = state["rows"], state["step"]
         else:
             name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
             run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
