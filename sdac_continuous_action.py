@@ -31,9 +31,7 @@ from typing import Literal
 
 # Read when PyTorch is imported. Idle OpenMP threads sleep after a short spin, and do not keep busy ones from working
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault(
-    "TORCH_LOGS", "-dynamo"
-)  # no pages of text on a network that cannot be compiled; it runs uncompiled
+os.environ.setdefault("TORCH_LOGS", "-dynamo")  # no pages of text on what cannot be compiled; it runs uncompiled
 
 import gymnasium as gym
 import numpy as np
@@ -208,6 +206,7 @@ def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, e
 
 def reverse_samples(schedule, a_t, t, uniform, proposal):
     """Samples of φ(a_0 | a_t) = N(a_t/√ᾱ_t, (1-ᾱ_t)/ᾱ_t I) by inversion of the normal distribution function Φ.
+
     a_t (B, d), t (B, 1), uniform on [0, 1) (B, M, d) -> ε and â = (a_t - √(1-ᾱ_t) ε)/√ᾱ_t, both (B, M, d).
     "clip" moves â outside the box to its surface and leaves ε as it was (the authors' choice, biased);
     "truncate" draws ε from the part of the Gaussian for which â lies in the box: φ on the support of π."""
@@ -416,8 +415,9 @@ def validate(args):
     if not (np.isfinite(space.high - space.low) & (space.low < space.high)).all():
         raise ValueError(f"{args.env_id} has actions in {space}; choose a task with finite bounds, low < high")
     if args.capture_video:  # rather now than at the first evaluation
-        env.reset()
-        env.render()
+        with one_sentence("--capture-video cannot draw; MUJOCO_GL=egl or MUJOCO_GL=osmesa may help:"):
+            env.reset()
+            env.render()
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
@@ -456,7 +456,7 @@ def train(args, agent, buffer, generator, state):
     def save(name, **contents):
         """Writes a file in the run folder, whole or not at all. What is not finite ends the training instead."""
         with one_sentence(f"training ends at step {step}, its last checkpoint in {run_dir} is from before:", 1):
-            for key, tensor in agent.state_dict().items():
+            for key, tensor in (agent.state_dict() | {"a transition": buffer.rows[: buffer.added]}).items():
                 if not tensor.isfinite().all():
                     raise ValueError(f"{key} is not finite")
             contents |= {"args": asdict(args), "agent": agent.state_dict(), "updates": agent.updates, "step": step}
@@ -478,7 +478,7 @@ def train(args, agent, buffer, generator, state):
             bar.write(REPORT.format(step, *result.values()))
         if signals or step % checkpoint_frequency < n or step in (first_step, last_step):
             optimizers = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
-            rows = buffer.rows[: min(buffer.added, len(buffer.rows))].clone()
+            rows = buffer.rows[: buffer.added].clone()  # without the empty ones behind
             progress = {"evaluations": evaluations, "seconds": time.time() - start_time}
             save("checkpoint.pt", optimizers=optimizers, rows=rows, generator=generator.get_state(), **progress)
             if signals:
