@@ -87,18 +87,18 @@ def mish(x):
 
 
 class MLP(nn.Module):
-    """A network of (c, a), c computed once per state and a an action, or several such networks side by side. Its first
-    layer is a sum of a term in c and a term in a, so that the former serves all actions of a state."""
+    """A network of context and action, or an ensemble of them. Its first layer is a sum of a term in the context,
+    computed once per state, and a term in the action."""
 
-    def __init__(self, context_dim, action_dim, output_dim, copies=(), hidden_dim=256):
+    def __init__(self, context_dim, action_dim, output_dim, ensemble=(), hidden_dim=256):
         super().__init__()
         self.inputs, self.weights, self.biases = [context_dim, action_dim], nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in itertools.pairwise([context_dim + action_dim, *[hidden_dim] * 3, output_dim]):
-            self.weights.append(torch.empty(*copies, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-            self.biases.append(torch.empty(*copies, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+            self.weights.append(torch.empty(*ensemble, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+            self.biases.append(torch.empty(*ensemble, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
     def forward(self, context, actions):
-        """Context (B, c), actions (B, N, d) -> (*copies, B, N, output_dim)."""
+        """Context (B, c), actions (B, N, d) -> (*ensemble, B, N, output_dim)."""
         context_weight, action_weight = self.weights[0].split(self.inputs, dim=-2)
         context = context @ context_weight + self.biases[0]
         h = (actions.flatten(0, 1) @ action_weight).unflatten(-2, actions.shape[:2])
@@ -171,7 +171,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim, device):
         super().__init__()
         self.args, self.action_dim, self.updates = args, action_dim, 0
-        self.policy, self.critics = Actor(obs_dim, action_dim), MLP(obs_dim, action_dim, 1, copies=(2,))
+        self.policy, self.critics = Actor(obs_dim, action_dim), MLP(obs_dim, action_dim, 1, ensemble=(2,))
         self.target_critics = copy.deepcopy(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.to(device)
@@ -204,7 +204,6 @@ class Agent(nn.Module):
         gradient_step(self.q_optimizer, q_losses.sum())
         metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha}
         metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
-
         if self.updates % args.policy_frequency == 0:
             metrics |= self.update_policy(obs, alpha, generator)
         if self.updates % args.target_network_frequency == 0:
@@ -305,7 +304,8 @@ def validate(args):
 def set_up_torch(args):
     """Seeds PyTorch and makes it fast on a CPU. Returns the device."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
+    missing = " (PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
+    print(f"device: {device}{missing}")
     torch.manual_seed(args.seed)
     torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, networks run uncompiled
     cpu = torch.cpu.get_capabilities()

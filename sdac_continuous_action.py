@@ -123,18 +123,18 @@ def mish(x):
 
 
 class MLP(nn.Module):
-    """A network of (c, a), c computed once per state and a an action, or several such networks side by side. Its first
-    layer is a sum of a term in c and a term in a, so that the former serves all actions of a state."""
+    """A network of context and action, or an ensemble of them. Its first layer is a sum of a term in the context,
+    computed once per state, and a term in the action."""
 
-    def __init__(self, context_dim, action_dim, output_dim, copies=(), hidden_dim=256):
+    def __init__(self, context_dim, action_dim, output_dim, ensemble=(), hidden_dim=256):
         super().__init__()
         self.inputs, self.weights, self.biases = [context_dim, action_dim], nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in itertools.pairwise([context_dim + action_dim, *[hidden_dim] * 3, output_dim]):
-            self.weights.append(torch.empty(*copies, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-            self.biases.append(torch.empty(*copies, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+            self.weights.append(torch.empty(*ensemble, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+            self.biases.append(torch.empty(*ensemble, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
     def forward(self, context, actions, dtype=None):
-        """Context (B, c), actions (B, N, d) -> (*copies, B, N, output_dim). dtype is that of products per action."""
+        """Context (B, c), actions (B, N, d) -> (*ensemble, B, N, output_dim). dtype is that of products per action."""
         context_weight, action_weight = self.weights[0].split(self.inputs, dim=-2)
         context = context @ context_weight + self.biases[0]
         h = (actions.flatten(0, 1).to(dtype) @ action_weight.to(dtype)).unflatten(-2, actions.shape[:2])
@@ -253,7 +253,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim, device):
         super().__init__()
         self.args, self.action_dim, self.updates = args, action_dim, 0
-        self.policy, self.critics = Denoiser(obs_dim, action_dim), MLP(obs_dim, action_dim, 1, copies=(2,))
+        self.policy, self.critics = Denoiser(obs_dim, action_dim), MLP(obs_dim, action_dim, 1, ensemble=(2,))
         self.ema_policy, self.target_critics = copy.deepcopy(self.policy), copy.deepcopy(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(INITIAL_ALPHA)))
         self.register_buffer("q_spread", torch.tensor(0.0))  # σ_Q of --temperature relative; 0 before the first
@@ -282,7 +282,7 @@ class Agent(nn.Module):
         args, (obs, actions, rewards, next_obs, terminations) = self.args, batch
         self.updates += 1
         alpha = self.log_alpha.detach().exp()
-        exploration_std = args.noise_scale * alpha
+        std = args.noise_scale * alpha  # of the exploration noise
         # Critics: mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus
         next_actions = self.act(next_obs, generator, policy=self.policy)
         with torch.no_grad():
@@ -291,20 +291,19 @@ class Agent(nn.Module):
         q = self.critics(obs, actions[:, None])[..., 0, 0]
         q_losses = (q - target_q).square().mean(1)
         gradient_step(self.q_optimizer, q_losses.sum())
-        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha}
+        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha, "exploration_std": std}
         metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
-
         if self.updates % args.policy_frequency == 0:
             metrics |= self.update_policy(obs, next_obs, next_actions, generator)
         if self.updates % args.alpha_frequency == 0:  # moves the entropy of the exploration noise to its target
-            entropy = self.action_dim * (0.5 * math.log(2 * math.pi * math.e) + exploration_std.log())
+            entropy = self.action_dim * (0.5 * math.log(2 * math.pi * math.e) + std.log())
             target_entropy = self.action_dim * TARGET_ENTROPY_PER_DIMENSION
             gradient_step(self.alpha_optimizer, -self.log_alpha * (target_entropy - entropy))
         if self.updates % args.target_network_frequency == 0:
             with torch.no_grad():  # average ← τ source + (1-τ) average
                 for average, source in [(self.target_critics, self.critics), (self.ema_policy, self.policy)]:
                     torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), args.tau)
-        return {name: value.detach() for name, value in metrics.items()} | {"exploration_std": exploration_std}
+        return {name: value.detach() for name, value in metrics.items()}
 
     def update_policy(self, obs, next_obs, next_actions, generator):
         """Denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ). Returns metrics."""
@@ -424,7 +423,8 @@ def validate(args):
 def set_up_torch(args):
     """Seeds PyTorch and makes it fast on a CPU. Returns the device."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
+    missing = " (PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
+    print(f"device: {device}{missing}")
     torch.manual_seed(args.seed)
     torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, networks run uncompiled
     cpu = torch.cpu.get_capabilities()

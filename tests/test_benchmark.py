@@ -512,7 +512,7 @@ def test_speed_compares_equal_networks(module, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
     monkeypatch.setattr(module.MLP, "forward", module.MLP.forward)
     torch.manual_seed(0)
-    obs, actions, critics = torch.randn(3, 5), torch.randn(3, 4, 2), module.MLP(5, 2, 1, copies=(2,))
+    obs, actions, critics = torch.randn(3, 5), torch.randn(3, 4, 2), module.MLP(5, 2, 1, ensemble=(2,))
     if hasattr(module, "Actor"):
         monkeypatch.setattr(module.Actor, "forward", module.Actor.forward)
         functions = [(module.Actor(5, 2), (obs,), 1e-6)]
