@@ -71,7 +71,10 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*out of date")
     films = []
     for run, text in zip(options.runs, options.labels or [None] * len(options.runs), strict=True):
-        args, agent = load(run)
+        try:
+            args, agent = load(run)
+        except Exception as error:  # damaged files raise many kinds of errors
+            parser.error(f"{run} is no run of this version ({type(error).__name__}: {error})")
         frames = film(args, agent, options.seed, options.seconds, options.frames_per_second, options.size)
         films.append([label(frame, text or f"{args.total_timesteps:,} steps") for frame in frames])
     pictures = [Image.fromarray(np.hstack(frames)) for frames in zip(*films, strict=False)]

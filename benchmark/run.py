@@ -2,6 +2,7 @@
 
     python benchmark/run.py benchmark/cpu.toml                # as many at a time as there are cores
     python benchmark/run.py benchmark/cpu.toml --only "Hopper-v4__sdac__*" --into mine     # again, some of them
+    python benchmark/run.py benchmark/full.toml --only "Ant*__1" "Humanoid*__1"            # these first, then those
     ray start --head && python benchmark/run.py benchmark/mujoco.toml --ray-address auto --gpus-per-run 0.25
 
 A grid is a TOML file: seeds, flags for all runs, tasks and named settings with flags of their own; see cpu.toml.
@@ -234,7 +235,7 @@ def run_on_ray(runs, address, cpus, gpus):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", help="a TOML file")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help='of the names of runs, for example "Hopper*__1"')
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of names of runs, in this order")
     parser.add_argument("--into", metavar="NAME", help="folder of the results, instead of the grid's name")
     parser.add_argument("--rerun", action="store_true", help="make the selected runs anew, also those with results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time on this machine")
@@ -245,11 +246,14 @@ def main():
     if options.jobs < 1 or options.cpus_per_run < 1:
         parser.error("--jobs and --cpus-per-run must be at least 1")
     try:
-        runs = [run for run in read_grid(options.grid, options.into) if fnmatch(run.key, options.only)]
+        grid = read_grid(options.grid, options.into)
+        chosen = [[run for run in grid if fnmatch(run.key, pattern)] for pattern in options.only]
     except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
         parser.error(f"{options.grid} is not a grid ({type(error).__name__}: {error}); see benchmark/cpu.toml")
-    if not runs:
-        parser.error(f"{options.grid} has no run named {options.only}; names are like Hopper-v4__sdac__1")
+    for pattern, found in zip(options.only, chosen, strict=True):
+        if not found:
+            parser.error(f"{options.grid} has no run named {pattern}; names are like Hopper-v4__sdac__1")
+    runs = list({run.key: run for found in chosen for run in found}.values())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for run in runs if options.rerun else []:

@@ -13,7 +13,9 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -136,8 +138,21 @@ def test_a_script_that_is_not_there_is_refused(one_run):
 
 
 def test_a_selection_without_runs_is_refused(repository):
-    output, _ = (process := start(repository, "--only", "Hopper*")).communicate(timeout=60)
+    output, _ = (process := start(repository, "--only", "*sac*", "Hopper*")).communicate(timeout=60)
     assert process.returncode == 2 and "no run named Hopper*" in output
+
+
+def test_selected_runs_go_in_the_order_of_their_patterns(monkeypatch):
+    """Each once, with those of a pattern in the grid's order."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    module, found = importlib.import_module("run"), []
+    monkeypatch.setattr(module, "run_here", lambda runs, _: found.extend(run.key for run in runs))
+    monkeypatch.setattr(module.Run, "differences", lambda run: None)
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    patterns = ["Swimmer*__sac__2", "Swimmer*__2", "Hopper*__sdac__[13]"]
+    monkeypatch.setattr(sys, "argv", ["run.py", str(ROOT / "benchmark/cpu.toml"), "--only", *patterns])
+    module.main()
+    assert found == [f"Swimmer-v4__{x}__2" for x in ("sac", "sdac")] + [f"Hopper-v4__sdac__{x}" for x in (1, 3)]
 
 
 @pytest.mark.parametrize(
@@ -505,6 +520,59 @@ def test_arguments_of_earlier_versions_are_compared(monkeypatch, tmp_path):
         write({"args": args | {"gamma": 0.5}})
         assert sdac.differences() == "gamma 0.5 (grid: 0.99)"
         path.unlink()
+
+
+class Drawn(gym.Env):
+    """A picture is a number: 10 times the steps taken, plus 5 times the last action's value in the box [0, 2]."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 20}
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(0, 2, (1,))
+
+    def __init__(self, render_mode=None, width=8, height=6):
+        self.render_mode, self.shape, self.value = render_mode, (height, width, 3), 0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps, self.value = self.steps + 1, round(5 * float(action[0]))
+        return np.zeros(2, np.float32), 0.0, self.steps == 7, False, {}
+
+    def render(self):
+        return np.full(self.shape, 10 * self.steps + self.value, np.uint8)
+
+
+def test_film_is_of_the_policies(monkeypatch, tool, tmp_path):
+    """Two policies side by side in the task's own time; after its end an episode stays on its last picture."""
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setitem(gym.registry, "Drawn-v0", gym.envs.registration.EnvSpec("Drawn-v0", Drawn))
+    for path, value in ((tmp_path / "early", -1.0), (tmp_path / "late", 1.0)):
+        path.mkdir()
+        module = importlib.import_module("sac_continuous_action")
+        agent = module.Agent(args := module.Args(env_id="Drawn-v0", compile=False), 2, 1, torch.device("cpu"))
+        with torch.no_grad():  # the action is `value`, whatever the state
+            agent.policy.layers[-1].weight.zero_()
+            agent.policy.layers[-1].bias.copy_(torch.tensor([20 * value, 0]))
+        contents = {"args": vars(args), "agent": agent.state_dict(), "updates": 1, "step": 3}
+        torch.save(contents, path / ("model.pt" if value < 0 else "checkpoint.pt"))
+    runs, out = (tmp_path / "early/model.pt", tmp_path / "late"), tmp_path / "film.gif"
+    flags = ["--out", out, "--seconds", 1, "--frames-per-second", 10, "--size", 90, 40]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert tool("film.py", *runs, *flags) == ""
+    with image.open(out) as film:
+        assert film.size == (180, 40) and film.info["loop"] == 0
+        numbers = []
+        for frame in range(film.n_frames):
+            film.seek(frame)
+            pixels, times = np.asarray(film.convert("L")), film.info["duration"] // 100
+            assert (pixels[20:, :90] == pixels[30, 10]).all() and (pixels[20:, 90:] == pixels[30, 100]).all()
+            numbers += [(int(pixels[30, 10]), int(pixels[30, 100]))] * times
+    expected = [(0, 0), (20, 30), (40, 50), *[(60, 70)] * 7]  # before steps 0, 2, 4, 6; the episode ends with step 7
+    np.testing.assert_allclose(numbers, expected, atol=2)  # GIF has few colours
+    assert "is no run of this version" in tool("film.py", tmp_path / "nowhere")
+    assert "give one for each" in tool("film.py", *runs, "--labels", "one")
 
 
 def test_speed_compares_equal_networks(module, monkeypatch):
