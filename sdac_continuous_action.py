@@ -41,7 +41,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-INITIAL_ALPHA, LAMBDA_PER_ALPHA = 5.0, 1 / 5  # λ = α / 5: 1 at first
+INITIAL_ALPHA, LAMBDA_PER_ALPHA = 5.0, 1 / 5  # λ = α / 5, times the spread of Q unless --temperature fixed
 TARGET_ENTROPY_PER_DIMENSION = -0.9
 REPORT = "evaluation at step {}: return {:.1f} +/- {:.1f}, length {:.0f}"
 MIN_NOISE_TO_SIGNAL, MAX_NOISE_TO_SIGNAL = 0.05, 4.0  # √(1-ᾱ)/√ᾱ of the first and last level of --schedule log-snr
@@ -81,14 +81,14 @@ class Args:
     alpha_lr: float = 7e-3  # learning rate of log α
     alpha_frequency: int = 250  # updates per step of log α
 
-    denoising_steps: int = 10  # T, steps of the diffusion
+    denoising_steps: int = 6  # T, steps of the diffusion
     schedule: Literal["log-snr", "linear"] = "log-snr"  # noise levels even in log(signal/noise), or β linear in t
     num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
     num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
     reverse_proposal: Literal["truncate", "clip"] = "truncate"  # how reverse samples are kept in the box
     anchor: Literal["current", "next"] = "current"  # the loss at (s, a_0), or at (s', a') of the critic's target
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
-    temperature: Literal["fixed", "relative"] = "fixed"  # λ = α/5, or α/5 times the spread of Q over the box
+    temperature: Literal["relative", "fixed"] = "relative"  # λ = α/5 times the spread of Q over the box, or α/5
     noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
 
 

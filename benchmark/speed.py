@@ -42,7 +42,8 @@ SIDE_BY_SIDE = {
     "Humanoid-v4": {"authors update": [1205, 1292], "this script, linear 20": [239, 241], "authors act": [17, 21]},
 }
 VARIANTS = {  # configurations that are more than optimisations
-    "linear 20": {"schedule": "linear", "denoising_steps": 20},  # the authors' noise levels
+    "linear 20": {"schedule": "linear", "denoising_steps": 20, "temperature": "fixed"},  # as the authors have it
+    "T = 10": {"denoising_steps": 10},
     "anchor next": {"anchor": "next"},
     "K = 8, M = 32, batch 128": {"num_particles": 8, "num_reverse_samples": 32, "batch_size": 128},
 }

@@ -141,7 +141,7 @@ def test_killed_and_resumed(main, reference, at_step, step, name):
     assert equal(torch.load(run_dir / "model.pt", weights_only=True)["agent"], expected["agent"])
 
 
-STATISTICS = [(["--temperature", "relative"], ["q_spread"]), (["--weighting", "mirror-descent"], ["q_mean", "q_std"])]
+STATISTICS = [([], ["q_spread"]), (["--weighting", "mirror-descent"], ["q_mean", "q_std"])]
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:1])
