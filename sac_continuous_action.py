@@ -61,7 +61,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
     num_envs: int = 5  # environments in parallel; one update follows each vector step
     buffer_size: int = 1_000_000  # transitions in the replay buffer
-    learning_starts: int = 30_000  # warm-up: environment steps of uniformly random actions
+    learning_starts: int | None = None  # warm-up: steps of uniformly random actions (default: 30,000 or a tenth of all)
     eval_frequency: int | None = None  # environment steps between evaluations (default: 20 evaluations a run)
     eval_episodes: int = 20  # episodes of an evaluation
     checkpoint_frequency: int | None = None  # steps between checkpoints, where episodes begin anew (default: as above)
@@ -75,6 +75,10 @@ class Args:
     target_network_frequency: int = 1  # updates per step of the moving average
     reward_scale: float = 0.2  # rewards are multiplied by this before they reach the critics
     alpha_lr: float = 3e-4  # learning rate of log α
+
+    def __post_init__(self):
+        if self.learning_starts is None:
+            self.learning_starts = min(30_000, max(self.total_timesteps // 10, self.batch_size))
 
 
 def mish(x):
@@ -226,8 +230,7 @@ class Agent(nn.Module):
 
 
 def make_envs(env_id, num_envs, video=None):
-    """num_envs copies of the task, actions rescaled from its own bounds to [-1, 1]; the first episode of the first one
-    is filmed if video is a path. With SAME_STEP, the last observation of an episode is in infos["final_obs"]."""
+    """num_envs copies of the task with actions rescaled to [-1, 1], the first one filmed if video is a path."""
     envs = [gym.make(env_id, render_mode="rgb_array" if video and i == 0 else None) for i in range(num_envs)]
     if video:
         names = {"video_folder": video.parent, "name_prefix": video.name, "disable_logger": True}
@@ -304,8 +307,7 @@ def validate(args):
 def set_up_torch(args):
     """Seeds PyTorch and makes it fast on a CPU. Returns the device."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    missing = " (PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
-    print(f"device: {device}{missing}")
+    print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
     torch.manual_seed(args.seed)
     torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, networks run uncompiled
     cpu = torch.cpu.get_capabilities()

@@ -65,7 +65,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
     num_envs: int = 5  # environments in parallel; one update follows each vector step
     buffer_size: int = 1_000_000  # transitions in the replay buffer
-    learning_starts: int = 30_000  # warm-up: environment steps of uniformly random actions
+    learning_starts: int | None = None  # warm-up: steps of uniformly random actions (default: 30,000 or a tenth of all)
     eval_frequency: int | None = None  # environment steps between evaluations (default: 20 evaluations a run)
     eval_episodes: int = 20  # episodes of an evaluation
     checkpoint_frequency: int | None = None  # steps between checkpoints, where episodes begin anew (default: as above)
@@ -90,6 +90,10 @@ class Args:
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
     temperature: Literal["relative", "fixed"] = "relative"  # λ = α/5 times the spread of Q over the box, or α/5
     noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
+
+    def __post_init__(self):
+        if self.learning_starts is None:
+            self.learning_starts = min(30_000, max(self.total_timesteps // 10, self.batch_size))
 
 
 class NoiseSchedule:
@@ -197,8 +201,7 @@ def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, e
         a_t = schedule.posterior_a0[t] * a_0 + schedule.posterior_at[t] * a_t
         if t > 0:
             a_t = a_t + schedule.posterior_std[t] * randn(shape)
-    best = min_q(critics, obs, a_t).argmax(1)
-    actions = a_t[torch.arange(len(obs), device=obs.device), best]
+    actions = a_t[torch.arange(len(obs), device=obs.device), min_q(critics, obs, a_t).argmax(1)]
     if exploration_std is not None:
         actions = actions + exploration_std * randn(actions.shape)
     return actions.clamp(-1, 1)  # the authors leave the noisy action unclipped
@@ -296,9 +299,8 @@ class Agent(nn.Module):
         if self.updates % args.policy_frequency == 0:
             metrics |= self.update_policy(obs, next_obs, next_actions, generator)
         if self.updates % args.alpha_frequency == 0:  # moves the entropy of the exploration noise to its target
-            entropy = self.action_dim * (0.5 * math.log(2 * math.pi * math.e) + std.log())
-            target_entropy = self.action_dim * TARGET_ENTROPY_PER_DIMENSION
-            gradient_step(self.alpha_optimizer, -self.log_alpha * (target_entropy - entropy))
+            excess = 0.5 * math.log(2 * math.pi * math.e) + std.log() - TARGET_ENTROPY_PER_DIMENSION  # per dimension
+            gradient_step(self.alpha_optimizer, self.log_alpha * self.action_dim * excess)
         if self.updates % args.target_network_frequency == 0:
             with torch.no_grad():  # average ← τ source + (1-τ) average
                 for average, source in [(self.target_critics, self.critics), (self.ema_policy, self.policy)]:
@@ -345,8 +347,7 @@ class Agent(nn.Module):
 
 
 def make_envs(env_id, num_envs, video=None):
-    """num_envs copies of the task, actions rescaled from its own bounds to [-1, 1]; the first episode of the first one
-    is filmed if video is a path. With SAME_STEP, the last observation of an episode is in infos["final_obs"]."""
+    """num_envs copies of the task with actions rescaled to [-1, 1], the first one filmed if video is a path."""
     envs = [gym.make(env_id, render_mode="rgb_array" if video and i == 0 else None) for i in range(num_envs)]
     if video:
         names = {"video_folder": video.parent, "name_prefix": video.name, "disable_logger": True}
@@ -423,8 +424,7 @@ def validate(args):
 def set_up_torch(args):
     """Seeds PyTorch and makes it fast on a CPU. Returns the device."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    missing = " (PyTorch finds no CUDA device)" if args.cuda and device.type == "cpu" else ""
-    print(f"device: {device}{missing}")
+    print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
     torch.manual_seed(args.seed)
     torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, networks run uncompiled
     cpu = torch.cpu.get_capabilities()

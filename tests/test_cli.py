@@ -349,6 +349,16 @@ def test_numbers_that_do_not_fit_together(refused):
     assert "--buffer-size 1000000000000 is too large" in error and " 44000000000000 bytes" in error
 
 
+def test_warm_up_follows_the_budget(module):
+    """A tenth of the steps, but not more than the published 30,000 nor less than a batch; it stays in a resumed run."""
+    for total, expected in [(10**6, 30_000), (300_000, 30_000), (45_000, 4_500), (2_000, 256)]:
+        args, _ = module.parse(["--total-timesteps", str(total)])
+        assert args.learning_starts == expected
+        assert dataclasses.replace(args, total_timesteps=10**6).learning_starts == expected
+    args, _ = module.parse(["--total-timesteps", "45000", "--learning-starts", "31000"])
+    assert args.learning_starts == 31_000
+
+
 def test_numbers_at_their_limits(module):
     """The ends of the allowed ranges are accepted."""
     limits = {"gamma": 0.0, "tau": 1.0, "seed": 0, "num_envs": 5, "eval_episodes": 1, "eval_frequency": 1}
