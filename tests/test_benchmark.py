@@ -505,7 +505,7 @@ def test_arguments_of_earlier_versions_are_compared(monkeypatch, tmp_path):
     module = importlib.import_module("run")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     sdac, sac = (module.Run("grid", "Hopper-v4", "x", 1, name, ["--env-id", "Hopper-v4"]) for name in ("sdac", "sac"))
-    args = {"exp_name": "sdac_continuous_action", "env_id": "Hopper-v4", "gamma": 0.99, "denoising_steps": 10}
+    args = {"exp_name": "sdac_continuous_action", "env_id": "Hopper-v4", "gamma": 0.99, "denoising_steps": 6}
     removed = {"torch_deterministic": True, "save_model": False, "cudagraphs": True, "wandb_project_name": "another"}
     result = tmp_path / f"benchmark/results/grid/{sdac.key}__1.json"
     checkpoint = sdac.folder() / "runs" / sdac.key / "checkpoint.pt"
