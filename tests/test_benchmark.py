@@ -1,10 +1,11 @@
-"""benchmark/run.py, record.py, plot.py: interrupted and edited grids, a lost Ray worker, intervals, the tables."""
+"""benchmark/run.py, record.py, plot.py, policy.py: interrupted grids, a lost Ray worker, intervals, tables."""
 
 import csv
 import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import runpy
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import gymnasium as gym
@@ -593,3 +595,50 @@ def test_speed_compares_equal_networks(module, monkeypatch):
         importlib.import_module("speed").plain_networks(module)
         for (function, inputs, tolerance), expected in zip(functions, before, strict=True):
             torch.testing.assert_close(function(*inputs), expected, rtol=0, atol=tolerance, check_dtype=False)
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    return importlib.import_module("policy")
+
+
+def test_metropolis_samples_a_known_density(policy):
+    """exp(Q/λ) with Q = -|a - c|²/2 in the box is a product of truncated Gaussians."""
+    stats = pytest.importorskip("scipy.stats")
+    center, temperature, generator = torch.tensor([0.2, 0.9]), 0.09, torch.Generator().manual_seed(1)
+    start = torch.rand(1, 20_000, 2, generator=generator) * 2 - 1
+    q = lambda a: -(a - center).square().sum(-1) / 2  # noqa: E731
+    samples = policy.metropolis(q, start, temperature, generator)[0]
+    for x, c in zip(samples.T.numpy(), center.tolist(), strict=True):
+        exact = stats.truncnorm((-1 - c) / 0.3, (1 - c) / 0.3, c, 0.3)
+        assert stats.kstest(x, exact.cdf).statistic < 0.016  # p < 1e-4 for 20,000 independent samples
+
+
+def test_maximum_of_a_known_function(policy):
+    center = torch.tensor([[0.2, 0.7], [-0.5, 3.0]])  # the second one's maximum is on a face
+    q = lambda a: -(a - center[:, None]).square().sum(-1)  # noqa: E731
+    np.testing.assert_allclose(policy.maximum(q, torch.zeros(2, 2), 1000), [0, -4], atol=2e-2)
+
+
+def test_figures_of_a_policy_by_hand(policy):
+    """Q = a_1 + 3 a_2 has σ = √(10/3) over the box; a denoiser that predicts ε of the point (1, 1) acts there."""
+    point, schedule = torch.tensor([0.5, 0.5]), policy.sdac.NoiseSchedule(6, "log-snr")
+
+    class Exact(torch.nn.Module):
+        action_dim = 2
+
+        def forward(self, obs, a_t, t, dtype=None):
+            return (a_t - schedule.signal[t] * point) / schedule.noise[t]
+
+    q = lambda obs, actions: (actions @ torch.tensor([1.0, 3.0]))[None, ..., None].expand(2, -1, -1, 1)  # noqa: E731
+    agent = SimpleNamespace(critics=q, schedule=schedule, action_dim=2, ema_policy=Exact())
+    facts = policy.inspect(agent, torch.zeros(64, 1), torch.tensor(0.1), torch.Generator().manual_seed(1))
+    levels = facts["Q"]
+    assert levels["best of 1"] == pytest.approx(2 / math.sqrt(10 / 3), rel=0.02)
+    assert levels["best of 32"] == pytest.approx(levels["best of 1"], rel=1e-3)
+    assert levels["maximum"] == pytest.approx(4 / math.sqrt(10 / 3), rel=0.03)
+    # exp(a g / λ) on [-1, 1] has the mean coth(g/λ) - λ/g
+    expected = sum(g * (1 / math.tanh(g / 0.1) - 0.1 / g) for g in (1, 3))
+    assert levels["exp(Q/λ)"] == pytest.approx(expected / math.sqrt(10 / 3), rel=0.02)
+    assert facts["std of actions"] < 1e-3 and facts["components beyond 0.9"] == 0
