@@ -3,9 +3,9 @@
     python benchmark/policy.py benchmark/runs/full/Ant-v4__*/runs/*        # run folders with a checkpoint.pt
 
 For states from the end of the replay buffer: the mean of Q = min_j Q_j over samples of the averaged policy, over the
-best of 4 and of 32 samples, over samples of exp(Q/λ) itself (Metropolis' algorithm in the box, started from the policy's
-samples), and at the maximum (Adam, from the best sample). Unit: the standard deviation of Q over uniform actions, also
-for λ; origin: its mean. Then evaluations, without exploration noise, with K = 1, 4 and 32 particles."""
+best of 4 and of 32 samples, over samples of exp(Q/λ) itself (Metropolis' algorithm in the box, begun with those), and
+at the maximum (Adam, from the best sample). Unit: the standard deviation of Q over uniform actions, also for λ;
+origin: its mean. Then evaluations, without exploration noise, with K = 1, 4 and 32 particles."""
 
 import argparse
 import json
