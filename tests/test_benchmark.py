@@ -394,7 +394,7 @@ def test_table_and_scores_by_hand(plot, tmp_path):
     plot.draw(tasks, tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["cpu", "variants"])
+@pytest.mark.parametrize("folder", ["cpu", "variants", "full"])
 def test_readme_has_the_tables_of_the_files(plot, folder):
     text = plot.table(plot.read(ROOT / "benchmark" / "results" / folder))
     assert text == (ROOT / "benchmark" / "results" / folder / "table.md").read_text()
@@ -414,6 +414,8 @@ def test_front_page_has_the_numbers_of_the_files(plot):
     assert table and set(table) <= {
         f"| {task} | {budget} | {f['sdac']} | {f['sac']} |" for (task, budget), f in rows.items()
     }
+    finals = [row.split(" | ")[5] for row in (ROOT / "benchmark/results/full/table.md").read_text().splitlines()[2:]]
+    assert all(final in "\n".join(lines) for final in finals)
 
 
 @pytest.fixture
