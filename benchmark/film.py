@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import gymnasium as gym
@@ -36,6 +37,8 @@ def film(args, agent, seed, seconds, frames_per_second, size):
     """Frames (height, width, 3) of an episode's first seconds, evenly spaced in the task's own time."""
     env = gym.make(args.env_id, render_mode="rgb_array", width=size[0], height=size[1])
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    with suppress(AttributeError, KeyError):  # a task of MuJoCo's with a camera that follows
+        env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
     steps_per_frame = max(round(env.metadata["render_fps"] / frames_per_second), 1)
     obs, over, frames, generator = env.reset(seed=seed)[0], False, [], torch.Generator().manual_seed(seed)
     for step in range(int(seconds * env.metadata["render_fps"])):

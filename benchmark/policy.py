@@ -95,6 +95,6 @@ if __name__ == "__main__":
     for run in options.runs:
         facts = look_into(run, options.episodes)
         results["runs"][run.resolve().name.rpartition("__")[0]] = facts
-        print(run.resolve().name, json.dumps(facts | {"args": ...}, indent=1, default=float), sep="\n")
+        print(run.resolve().name, json.dumps(facts | {"args": None}, indent=1, default=float), sep="\n")
         path = ROOT / "benchmark" / "results" / "policy.json"
         path.write_text(json.dumps(results, indent=1, default=float) + "\n")
