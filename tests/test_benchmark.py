@@ -624,7 +624,7 @@ def test_maximum_of_a_known_function(policy):
 
 
 def test_figures_of_a_policy_by_hand(policy):
-    """Q = a_1 + 3 a_2 has σ = √(10/3) over the box; a denoiser that predicts ε of the point (1, 1) acts there."""
+    """Q = a_1 + 3 a_2 has σ = √(10/3) over the box; a denoiser that predicts ε of the point (½, ½) acts there."""
     point, schedule = torch.tensor([0.5, 0.5]), policy.sdac.NoiseSchedule(6, "log-snr")
 
     class Exact(torch.nn.Module):
