@@ -41,8 +41,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-INITIAL_ALPHA, LAMBDA_PER_ALPHA = 5.0, 1 / 5  # λ = α / 5, times the spread of Q unless --temperature fixed
-TARGET_ENTROPY_PER_DIMENSION = -0.9
+INITIAL_ALPHA, TARGET_ENTROPY_PER_DIMENSION = 5.0, -0.9  # α, which drives the exploration noise to this entropy
 REPORT = "evaluation at step {}: return {:.1f} +/- {:.1f}, length {:.0f}"
 MIN_NOISE_TO_SIGNAL, MAX_NOISE_TO_SIGNAL = 0.05, 4.0  # √(1-ᾱ)/√ᾱ of the first and last level of --schedule log-snr
 
@@ -88,7 +87,8 @@ class Args:
     reverse_proposal: Literal["truncate", "clip"] = "truncate"  # how reverse samples are kept in the box
     anchor: Literal["current", "next"] = "current"  # the loss at (s, a_0), or at (s', a') of the critic's target
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
-    temperature: Literal["relative", "fixed"] = "relative"  # λ = α/5 times the spread of Q over the box, or α/5
+    temperature: Literal["relative", "fixed"] = "relative"  # λ with or without the spread of Q over the box as unit
+    temperature_scale: float = 0.2  # λ / α, in that unit; smaller is greedier
     noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
 
     def __post_init__(self):
@@ -322,7 +322,7 @@ class Agent(nn.Module):
             uniform = torch.rand(shape, generator=generator, device=obs.device)
             eps, a_hat = reverse_samples(self.schedule, a_t, t, uniform, args.reverse_proposal)
             with torch.no_grad():
-                q, temperature = min_q(self.critics, obs, a_hat), LAMBDA_PER_ALPHA * self.log_alpha.exp()
+                q, temperature = min_q(self.critics, obs, a_hat), args.temperature_scale * self.log_alpha.exp()
             if args.temperature == "relative":  # to σ_Q: how much Q varies where â is nearly uniform in the box
                 noisy = t[:, 0] >= t.max().clamp(max=args.denoising_steps // 2)  # upper half of the levels, if any
                 spread = (q.std(1, correction=0) * noisy).sum() / noisy.sum()

@@ -77,7 +77,7 @@ def look_into(run, episodes, num_states=128):
     agent.load_state_dict(state["agent"])
     latest = state["rows"][-50_000:, :obs_dim]
     obs = latest[torch.randint(len(latest), (num_states,), generator=generator)]
-    temperature = sdac.LAMBDA_PER_ALPHA * agent.log_alpha.detach().exp()
+    temperature = args.temperature_scale * agent.log_alpha.detach().exp()
     if args.temperature == "relative":
         temperature = temperature * agent.q_spread
     facts = {"step": state["step"], "args": state["args"]} | inspect(agent, obs, temperature, generator)

@@ -592,7 +592,7 @@ def recompute_update(agent, batch, generator, dtype):
                 noise[b, i, c] = normal.inv_cdf(u)
         a_hat = ((a_t[b] - deviation * noise[b]) / signal).clamp(-1, 1)
         q.append([min_q(net.critics, states[b], a) for a in a_hat])
-    temperature = alpha / 5
+    temperature = args.temperature_scale * alpha
     if args.temperature == "relative":
         assert min(t) < num_steps // 2 <= max(t)
         net.q_spread.fill_(statistics.fmean(statistics.pstdev(q[b]) for b in range(n) if t[b] >= num_steps // 2))
@@ -643,7 +643,7 @@ def test_one_update_is_its_recomputation_by_loops(use_dtype, dtype, schedule, te
     """From the same noise: both sampling chains, the losses, their gradients, Adam, α, the averages and all metrics."""
     use_dtype(dtype)
     choices = {"gamma": 0.9, "tau": 0.1, "policy_lr": 2e-3, "q_lr": 5e-3, "noise_scale": 0.15}
-    choices |= {"denoising_steps": 4, "num_particles": 3, "num_reverse_samples": 5}
+    choices |= {"temperature_scale": 0.15, "denoising_steps": 4, "num_particles": 3, "num_reverse_samples": 5}
     choices |= {"policy_frequency": 1, "target_network_frequency": 1, "alpha_frequency": 1, "anchor": anchor}
     agent = make_agent(schedule=schedule, temperature=temperature, reverse_proposal=reverse_proposal, **choices)
     agent.log_alpha.data.fill_(math.log(2.0))
@@ -700,14 +700,17 @@ def measure(monkeypatch):
     return measure
 
 
-def test_fixed_temperature_is_a_fifth_of_alpha_and_measures_nothing(measure):
-    """λ = α/5 whatever Q is, and σ_Q stays where it was."""
-    agent = make_agent(temperature="fixed")
+@pytest.mark.parametrize("choices", [{}, {"temperature_scale": 0.05}])
+def test_fixed_temperature_is_a_share_of_alpha_and_measures_nothing(measure, choices):
+    """λ = α/5, or another share, whatever Q is, and σ_Q stays where it was."""
+    agent = make_agent(temperature="fixed", **choices)
     for alpha in (5.0, 2.0):
         agent.log_alpha.data.fill_(math.log(alpha))
         for scale in (1.0, 100.0):
             q = scale * randn(2, 7, dtype=torch.float32)
-            assert measure(agent, q, [2, 0])[0] == pytest.approx(alpha / 5, rel=1e-6)
+            assert measure(agent, q, [2, 0])[0] == pytest.approx(
+                choices.get("temperature_scale", 0.2) * alpha, rel=1e-6
+            )
     assert agent.q_spread.item() == 0
 
 
