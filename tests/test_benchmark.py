@@ -527,7 +527,8 @@ def test_arguments_of_earlier_versions_are_compared(monkeypatch, tmp_path):
 
 
 class Drawn(gym.Env):
-    """A picture is a number: 10 times the steps taken, plus 5 times the last action's value in the box [0, 2]."""
+    """A picture is a number: 10 times the steps taken, plus 5 times the last action's value in the box [0, 2], plus
+    100 if it is drawn by camera 2."""
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 20}
     observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(0, 2, (1,))
@@ -545,12 +546,19 @@ class Drawn(gym.Env):
         return np.zeros(2, np.float32), 0.0, self.steps == 7, False, {}
 
     def render(self):
-        return np.full(self.shape, 10 * self.steps + self.value, np.uint8)
+        camera = getattr(self, "mujoco_renderer", SimpleNamespace(camera_id=-1)).camera_id
+        return np.full(self.shape, 10 * self.steps + self.value + 100 * (camera == 2), np.uint8)
 
 
-def test_film_is_of_the_policies(monkeypatch, tool, tmp_path):
-    """Two policies side by side in the task's own time; after its end an episode stays on its last picture."""
+@pytest.mark.parametrize("cameras", [None, {"side": 1}, {"side": 1, "track": 2}], ids=["none", "fixed", "following"])
+def test_film_is_of_the_policies(monkeypatch, tool, tmp_path, cameras):
+    """Two policies side by side in the task's own time, drawn by its following camera, if there is one; after its end
+    an episode stays on its last picture."""
     image = pytest.importorskip("PIL.Image")
+    if cameras:
+        model = SimpleNamespace(camera=lambda name: SimpleNamespace(id=cameras[name]))
+        monkeypatch.setattr(Drawn, "model", model, raising=False)
+        monkeypatch.setattr(Drawn, "mujoco_renderer", SimpleNamespace(camera_id=-1), raising=False)
     monkeypatch.setitem(gym.registry, "Drawn-v0", gym.envs.registration.EnvSpec("Drawn-v0", Drawn))
     for path, value in ((tmp_path / "early", -1.0), (tmp_path / "late", 1.0)):
         path.mkdir()
@@ -574,6 +582,7 @@ def test_film_is_of_the_policies(monkeypatch, tool, tmp_path):
             assert (pixels[20:, :90] == pixels[30, 10]).all() and (pixels[20:, 90:] == pixels[30, 100]).all()
             numbers += [(int(pixels[30, 10]), int(pixels[30, 100]))] * times
     expected = [(0, 0), (20, 30), (40, 50), *[(60, 70)] * 7]  # before steps 0, 2, 4, 6; the episode ends with step 7
+    expected = np.array(expected) + 100 * bool(cameras and "track" in cameras)
     np.testing.assert_allclose(numbers, expected, atol=2)  # GIF has few colours
     assert "is no run of this version" in tool("film.py", tmp_path / "nowhere")
     assert "give one for each" in tool("film.py", *runs, "--labels", "one")
@@ -615,6 +624,16 @@ def test_metropolis_samples_a_known_density(policy):
     for x, c in zip(samples.T.numpy(), center.tolist(), strict=True):
         exact = stats.truncnorm((-1 - c) / 0.3, (1 - c) / 0.3, c, 0.3)
         assert stats.kstest(x, exact.cdf).statistic < 0.016  # p < 1e-4 for 20,000 independent samples
+
+
+def test_readme_has_the_figures_of_the_policies():
+    lines = (ROOT / "benchmark/README.md").read_text().splitlines()
+    for name, facts in json.loads((ROOT / "benchmark/results/policy.json").read_text())["runs"].items():
+        levels, beyond, others = facts["Q"], "components beyond 0.9", ", exp(Q/λ)"
+        row = [f"{x:.2f}" for x in (facts["lambda"], levels["exp(Q/λ)"], levels["best of 1"], levels["maximum"])]
+        row += [f"{facts[beyond + others]:.0%}, {facts[beyond]:.0%}"]
+        row += [", ".join(f"{facts[f'evaluation, K = {k}']['episodic_return']:.0f}" for k in (1, 4, 32))]
+        assert f"| `{name.split('__')[1]}` | {' | '.join(row)} |" in lines
 
 
 def test_maximum_of_a_known_function(policy):
