@@ -41,7 +41,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-INITIAL_ALPHA, TARGET_ENTROPY_PER_DIMENSION = 5.0, -0.9  # α, which drives the exploration noise to this entropy
+INITIAL_ALPHA, TARGET_ENTROPY_PER_DIMENSION = 5.0, -0.9  # α starts at 5 and moves the exploration noise to this entropy
 REPORT = "evaluation at step {}: return {:.1f} +/- {:.1f}, length {:.0f}"
 MIN_NOISE_TO_SIGNAL, MAX_NOISE_TO_SIGNAL = 0.05, 4.0  # √(1-ᾱ)/√ᾱ of the first and last level of --schedule log-snr
 
