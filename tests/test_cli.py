@@ -320,7 +320,7 @@ COUNTS |= {"batch_size", "policy_frequency", "target_network_frequency", "checkp
 SDAC_COUNTS = {"alpha_frequency", "denoising_steps", "num_particles", "num_reverse_samples"}
 NUMBERS = {"seed": [-1, 2**31], "gamma": [-0.1, 1.1, math.nan], "tau": [0, 1.5, math.nan]}
 NUMBERS |= {name: [0, -1, math.inf, math.nan] for name in ("policy_lr", "q_lr", "alpha_lr", "reward_scale")}
-SDAC_NUMBERS = {"noise_scale": [0, -1, math.inf, math.nan]}
+SDAC_NUMBERS = {name: [0, -1, math.inf, math.nan] for name in ("noise_scale", "temperature_scale")}
 
 
 def test_bad_numbers(script, module, refused):
