@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 INITIAL_ALPHA, TARGET_ENTROPY_PER_DIMENSION = 5.0, -0.9  # α starts at 5 and moves the exploration noise to this entropy
 REPORT = "evaluation at step {}: return {:.1f} +/- {:.1f}, length {:.0f}"
+DENOISED_STD = 0.5  # --reverse-proposal mixture: deviation around the denoised action where the noise tells nothing
 MIN_NOISE_TO_SIGNAL, MAX_NOISE_TO_SIGNAL = 0.05, 4.0  # √(1-ᾱ)/√ᾱ of the first and last level of --schedule log-snr
 
 
@@ -84,7 +85,7 @@ class Args:
     schedule: Literal["log-snr", "linear"] = "log-snr"  # noise levels even in log(signal/noise), or β linear in t
     num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
     num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
-    reverse_proposal: Literal["truncate", "clip"] = "truncate"  # how reverse samples are kept in the box
+    reverse_proposal: Literal["truncate", "mixture", "clip"] = "truncate"  # what reverse samples are drawn from
     anchor: Literal["current", "next"] = "current"  # the loss at (s, a_0), or at (s', a') of the critic's target
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
     temperature: Literal["relative", "fixed"] = "relative"  # λ with or without the spread of Q over the box as unit
@@ -207,40 +208,53 @@ def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, e
     return actions.clamp(-1, 1)  # the authors leave the noisy action unclipped
 
 
-def reverse_samples(schedule, a_t, t, uniform, proposal):
-    """Samples of φ(a_0 | a_t) = N(a_t/√ᾱ_t, (1-ᾱ_t)/ᾱ_t I) by inversion of the normal distribution function Φ.
-
-    a_t (B, d), t (B, 1), uniform on [0, 1) (B, M, d) -> ε and â = (a_t - √(1-ᾱ_t) ε)/√ᾱ_t, both (B, M, d).
-    "clip" moves â outside the box to its surface and leaves ε as it was (the authors' choice, biased);
-    "truncate" draws ε from the part of the Gaussian for which â lies in the box: φ on the support of π."""
-    a_t, signal, noise = a_t[:, None], schedule.signal[t[:, None]], schedule.noise[t[:, None]]
+def truncated_normal(mean, std, uniform):
+    """Samples of N(mean, std²) in [-1, 1] by inversion of the normal distribution function Φ, and the log of its mass
+    there; each component by itself, uniform on [0, 1)."""
+    low, high, upper = (-1 - mean) / std, (1 - mean) / std, mean < 0
+    low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)  # Φ loses its digits near 1: mirrored
+    # Φ(x) = erfc(-x/√2)/2 is exact in the lower tail, where torch.special.ndtr loses its digits too
+    cdf_low, cdf_high = (0.5 * torch.special.erfc(-x / math.sqrt(2)) for x in (low, high))
     tiny = torch.finfo(uniform.dtype).tiny
+    z = torch.special.ndtri((cdf_low + uniform * (cdf_high - cdf_low)).clamp(min=tiny)).maximum(low).minimum(high)
+    return (mean + torch.where(upper, -std, std) * z).clamp(-1, 1), (cdf_high - cdf_low).clamp(min=tiny).log()
+
+
+def reverse_samples(schedule, a_t, t, uniform, proposal, prediction=None):
+    """Samples from which p(a_0 | a_t) ∝ exp(Q/λ) φ(a_0 | a_t) can be had, φ = N(a_t/√ᾱ_t, (1-ᾱ_t)/ᾱ_t I) in the box.
+
+    a_t (B, d), t (B, 1), uniform on [0, 1) (B, M, d), ε_θ(s, a_t, t) (B, d) -> ε and â = (a_t - √(1-ᾱ_t) ε)/√ᾱ_t, both
+    (B, M, d), and log φ(â | a_t) minus the log-density of the samples (B, M), up to a constant. "truncate": from φ.
+    "clip": from the Gaussian; then â outside the box moves to its surface and ε stays (the authors' choice, biased).
+    "mixture": half of them from φ, where large Q is rare, half around the denoised action, where it is not; both count
+    with the density of the mixture (balance heuristic: Veach and Guibas, 1995)."""
+    a_t, signal, noise = a_t[:, None], schedule.signal[t[:, None]], schedule.noise[t[:, None]]
     if proposal == "clip":
-        eps = torch.special.ndtri(uniform.clamp(min=tiny))
-    else:
-        low = (a_t - signal) / noise  # the ε for which â = +1
-        high = (a_t + signal) / noise  # the ε for which â = -1
-        upper = a_t > 0  # Φ loses its digits near 1: mirror intervals of the upper tail into the lower one
-        low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
-        # Φ(x) = erfc(-x/√2)/2 is exact in the lower tail, where torch.special.ndtr loses its digits too
-        cdf_low, cdf_high = (0.5 * torch.special.erfc(-x / math.sqrt(2)) for x in (low, high))
-        eps = torch.special.ndtri((cdf_low + uniform * (cdf_high - cdf_low)).clamp(min=tiny))
-        eps = torch.where(upper, -1, 1) * eps.maximum(low).minimum(high)
-    return eps, ((a_t - noise * eps) / signal).clamp(-1, 1)
+        eps = torch.special.ndtri(uniform.clamp(min=torch.finfo(uniform.dtype).tiny))
+        return eps, ((a_t - noise * eps) / signal).clamp(-1, 1), torch.zeros_like(uniform[..., 0])
+    mean, std = (a_t / signal)[:, None], (noise / signal)[:, None]  # (B, proposals, 1, d) and (B, proposals, 1, 1)
+    if proposal == "mixture":
+        denoised = ((a_t - noise * prediction[:, None]) / signal).clamp(-1, 1)
+        mean = torch.cat([mean, denoised[:, None]], dim=1)
+        std = torch.cat([std, (std**-2 + DENOISED_STD**-2) ** -0.5], dim=1)
+    samples, log_mass = truncated_normal(mean, std, uniform.unflatten(1, (mean.shape[1], -1)))
+    a_hat = samples.flatten(1, 2)
+    eps = (a_t - signal * a_hat) / noise
+    log_density = (((a_hat[:, None] - mean) / std).square() / -2 - std.log() - log_mass).sum(3).logsumexp(1)
+    return eps, a_hat, -eps.square().sum(2) / 2 - log_density
 
 
-def rsm_target(eps, q, temperature):
+def rsm_target(eps, q, temperature, log_ratio=0.0):
     """Reweighted score matching: the posterior mean E[ε | a_t, s] under π ∝ exp(Q/λ), by self-normalised importance
-    sampling, Σ_i w_i ε_i with w = softmax_i(Q(s, â_i) / λ). eps (B, M, d) and q = min_j Q_j(s, â) (B, M) of the reverse
-    samples -> target (B, d) and the effective sample size 1/Σ w_i² (B,)."""
-    weights = torch.softmax(q / temperature, dim=1)
+    sampling, Σ_i w_i ε_i with w = softmax_i(Q(s, â_i) / λ + log_ratio_i). eps (B, M, d), q = min_j Q_j(s, â) and
+    log_ratio (B, M) of the reverse samples -> target (B, d) and the effective sample size 1/Σ w_i² (B,)."""
+    weights = torch.softmax(q / temperature + log_ratio, dim=1)
     return (weights[..., None] * eps).sum(1), 1 / weights.square().sum(1)
 
 
-def rsm_loss(denoiser, obs, a_t, t, target, weights=1.0):
+def rsm_loss(prediction, target, weights=1.0):
     """E ‖ε_θ(s, a_t, t) - target‖². With target = Σ w_i ε_i its gradient is that of the RSM loss Σ w_i ‖ε_θ - ε_i‖²,
     since Σ w_i = 1, but the denoiser is evaluated once instead of M times."""
-    prediction = denoiser(obs, a_t[:, None], t[:, 0])[:, 0]
     return (weights * (prediction - target).square().sum(1)).mean()
 
 
@@ -317,19 +331,23 @@ class Agent(nn.Module):
         else:
             a_0 = self.act(obs, generator, policy=self.policy)
         a_t = self.schedule.signal[t] * a_0 + self.schedule.noise[t] * eps
+        prediction = self.policy(obs, a_t[:, None], t[:, 0])[:, 0]
         if args.weighting == "max-entropy":
             shape = (len(obs), args.num_reverse_samples, self.action_dim)
             uniform = torch.rand(shape, generator=generator, device=obs.device)
-            eps, a_hat = reverse_samples(self.schedule, a_t, t, uniform, args.reverse_proposal)
+            proposal, temperature = args.reverse_proposal, args.temperature_scale * self.log_alpha.detach().exp()
             with torch.no_grad():
-                q, temperature = min_q(self.critics, obs, a_hat), args.temperature_scale * self.log_alpha.exp()
+                eps, a_hat, log_ratio = reverse_samples(self.schedule, a_t, t, uniform, proposal, prediction)
+                q = min_q(self.critics, obs, a_hat)
             if args.temperature == "relative":  # to σ_Q: how much Q varies where â is nearly uniform in the box
                 noisy = t[:, 0] >= t.max().clamp(max=args.denoising_steps // 2)  # upper half of the levels, if any
-                spread = (q.std(1, correction=0) * noisy).sum() / noisy.sum()
+                weights = torch.softmax(log_ratio, dim=1)  # as if all had been drawn from φ
+                variance = (weights * (q - (weights * q).sum(1, keepdim=True)).square()).sum(1)
+                spread = (variance.sqrt() * noisy).sum() / noisy.sum()
                 self.q_spread.copy_(torch.where(self.q_spread == 0, spread, self.q_spread.lerp(spread, 0.01)))
                 temperature = temperature * self.q_spread.clamp(min=1e-8)
-            target, ess = rsm_target(eps, q, temperature)
-            loss = rsm_loss(self.policy, obs, a_t, t, target)
+            target, ess = rsm_target(eps, q, temperature, log_ratio)
+            loss = rsm_loss(prediction, target)
         else:
             with torch.no_grad():
                 q = min_q(self.critics, obs, a_0[:, None])[:, 0]
@@ -338,7 +356,7 @@ class Agent(nn.Module):
             temperature = self.log_alpha.detach().exp()
             weights = (((q - self.q_mean) / self.q_std).clamp(-3, 3) / temperature).exp()
             ess = weights.sum().square() / weights.square().sum()
-            loss = rsm_loss(self.policy, obs, a_t, t, eps, weights)
+            loss = rsm_loss(prediction, eps, weights)
         # The learning rate is held for 25k policy updates and falls to a tenth over the next 50k
         decay = (self.updates // args.policy_frequency - 1 - 25_000) / 50_000
         self.policy_optimizer.param_groups[0]["lr"] = args.policy_lr * (1 - 0.9 * min(max(decay, 0), 1))
@@ -408,6 +426,8 @@ def validate(args):
         low, high = ranges.get(name, (1, 10**12) if type(value) is int else (1e-12, 1e12))
         if type(value) in (int, float) and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give a value from {low} to {high}")
+    if args.reverse_proposal == "mixture" and args.num_reverse_samples % 2:
+        raise ValueError(f"--num-reverse-samples is {args.num_reverse_samples}; give an even number for a mixture")
     env = gym.make(args.env_id, render_mode="rgb_array" if args.capture_video else None)
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":

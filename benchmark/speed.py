@@ -224,11 +224,13 @@ def measure(script, task, name, optimisations, cuda):
 
             def target():
                 uniform = torch.rand(shape, generator=generator, device=device)
-                eps, a_hat = module.reverse_samples(agent.schedule, batch[1], t, uniform, args.reverse_proposal)
+                proposal = args.reverse_proposal, batch[1]
+                eps, a_hat, log_ratio = module.reverse_samples(agent.schedule, batch[1], t, uniform, *proposal)
                 with torch.no_grad():
-                    module.rsm_target(eps, module.min_q(agent.critics, obs, a_hat), one)
+                    module.rsm_target(eps, module.min_q(agent.critics, obs, a_hat), one, log_ratio)
 
-            loss = partial(module.rsm_loss, agent.policy, obs, batch[1], t, batch[1])
+            predict = partial(agent.policy, obs, batch[1][:, None], t[:, 0])
+            loss = lambda: module.rsm_loss(predict()[:, 0], batch[1])  # noqa: E731
             parts = {
                 "policy update": lambda: agent.update_policy(obs, next_obs, batch[1], generator),
                 "sampling chain and choice of particle": lambda: agent.act(obs, generator, policy=agent.policy),

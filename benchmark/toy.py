@@ -222,15 +222,16 @@ def train(name, dim, method, seed, num_samples=M, levels=DEFAULT, steps=None):
         t = torch.randint(schedule.num_steps, (BATCH, 1), generator=generator)
         eps, weights = torch.randn(BATCH, dim, generator=generator), 1.0
         a_t = schedule.signal[t] * a_0 + schedule.noise[t] * eps
+        prediction = denoiser(obs, a_t[:, None], t[:, 0])[:, 0]
         if method == "mirror-descent":
             q = target.energy(a_0)
             q_mean, q_std = q_mean.lerp(q.mean(), 0.001), q_std.lerp(q.std(), 0.001)
             weights = (((q - q_mean) / q_std).clamp(-3, 3) / sdac.INITIAL_ALPHA).exp()  # at λ = α/5 = 1
         elif method != "denoising":
             uniform = torch.rand(BATCH, num_samples, dim, generator=generator)
-            eps, a_hat = sdac.reverse_samples(schedule, a_t, t, uniform, method)
-            eps, _ = sdac.rsm_target(eps, target.energy(a_hat), 1.0)
-        sdac.gradient_step(optimizer, sdac.rsm_loss(denoiser, obs, a_t, t, eps, weights))
+            eps, a_hat, log_ratio = sdac.reverse_samples(schedule, a_t, t, uniform, method, prediction.detach())
+            eps, _ = sdac.rsm_target(eps, target.energy(a_hat), 1.0, log_ratio)
+        sdac.gradient_step(optimizer, sdac.rsm_loss(prediction, eps, weights))
         decay.step()
     return denoiser
 

@@ -171,13 +171,13 @@ def test_noised_actions_have_the_distribution_of_the_single_steps(monkeypatch, k
     n, a_0, generator = 50_000, 0.7, seeded(1)
     agent = make_agent(schedule=kind, denoising_steps=num_steps, num_reverse_samples=1, anchor="next")
     spy(monkeypatch, "min_q", lambda critics, obs, actions: actions[..., 0])
-    calls = spy(monkeypatch, "rsm_loss", lambda policy, *_: next(policy.parameters()).sum())
+    inputs = record_inputs(agent.policy)
     agent.update_policy(*torch.zeros(2, n * num_steps, 3), torch.full((n * num_steps, 2), a_0), generator)
-    (_, _, a_t, steps, _), _ = calls[0]
+    ((_, a_t, steps),) = inputs
     walk = torch.full((2 * n,), a_0, dtype=torch.float64)
     for t, (beta, *_, variance) in enumerate(chain(kind, num_steps)):
         walk = math.sqrt(1 - beta) * walk + math.sqrt(beta) * torch.randn(2 * n, generator=generator)
-        jump = a_t[steps[:, 0] == t].double().flatten()
+        jump = a_t[steps == t].double().flatten()
         # 5 standard errors; the difference of two estimates has √2 times the error of one: σ/√N, σ²√(2/N), N = 2n
         assert abs(len(jump) / 2 - n) < 5 * math.sqrt(n)
         assert abs(walk.mean() - jump.mean()) < 5 * math.sqrt(2 * variance / (2 * n))
@@ -362,7 +362,7 @@ def test_truncated_samples_stay_in_the_box_and_satisfy_the_forward_equation(kind
     t, a_t = noised_actions(schedule, [0.5, 4, 8, 12, 14, 40, 1e4])
     ends = torch.tensor([0, 2.0**-24, 0.5, 1 - 2.0**-24])
     uniform = torch.cat([ends, torch.rand(28, generator=seeded())])[:, None].expand(len(t), 32, 2)
-    eps, a_hat = sdac.reverse_samples(schedule, a_t, t, uniform, "truncate")
+    eps, a_hat, _ = sdac.reverse_samples(schedule, a_t, t, uniform, "truncate")
     assert eps.isfinite().all() and a_hat.isfinite().all() and a_hat.abs().max() <= 1
     forward = schedule.signal[t[:, None]] * a_hat.double() + schedule.noise[t[:, None]] * eps.double()
     # 3 roundings of float32 (6e-8 each) of quantities of the size of a_t or 1
@@ -376,7 +376,7 @@ def test_truncated_samples_have_the_distribution_function_of_the_truncated_norma
     schedule, steps, m = sdac.NoiseSchedule(num_steps, kind), chain(kind, num_steps), 256
     t, a_t = noised_actions(schedule, sigmas)
     uniform = grid(m)[torch.randperm(m, generator=seeded())][None, :, None].expand(len(t), m, 2)
-    _, a_hat = sdac.reverse_samples(schedule, a_t, t, uniform, "truncate")
+    _, a_hat, _ = sdac.reverse_samples(schedule, a_t, t, uniform, "truncate")
     for b, (step,) in enumerate(t.tolist()):
         signal, noise = steps[step][3], math.sqrt(steps[step][4])
         for i, a in enumerate(a_t[b].tolist()):
@@ -394,7 +394,8 @@ def test_clipped_samples_are_standard_normal_noise_and_clipped_actions(kind, num
     schedule, steps, m = sdac.NoiseSchedule(num_steps, kind), chain(kind, num_steps), 1000
     t, a_t = noised_actions(schedule, [0.5, 8])
     uniform = torch.cat([grid(m), torch.tensor([0, 1 - 2.0**-24])])[None, :, None].expand(len(t), m + 2, 2)
-    eps, a_hat = sdac.reverse_samples(schedule, a_t, t, uniform, "clip")
+    eps, a_hat, log_ratio = sdac.reverse_samples(schedule, a_t, t, uniform, "clip")
+    assert (log_ratio == 0).all()
     eps = eps.expand(len(t), m + 2, 2)
     assert eps.isfinite().all() and a_hat.isfinite().all()
     assert [normal_cdf(x) for x in eps[0, :m, 1].tolist()] == pytest.approx(grid(m).tolist(), abs=1e-6)
@@ -408,10 +409,10 @@ def test_clipped_samples_are_standard_normal_noise_and_clipped_actions(kind, num
 # ---- Reweighted score matching ----
 
 
-def rsm(energy, schedule, a_t, t, temperature, uniform, proposal="truncate"):
+def rsm(energy, schedule, a_t, t, temperature, uniform, proposal="truncate", prediction=None):
     """rsm_target on reverse samples whose Q is the energy of their actions."""
-    eps, a_hat = sdac.reverse_samples(schedule, a_t, t, uniform, proposal)
-    return sdac.rsm_target(eps, energy(a_hat), temperature)
+    eps, a_hat, log_ratio = sdac.reverse_samples(schedule, a_t, t, uniform, proposal, prediction)
+    return sdac.rsm_target(eps, energy(a_hat), temperature, log_ratio)
 
 
 @both_schedules
@@ -487,7 +488,8 @@ def test_rsm_loss_has_the_gradient_of_the_loss_with_all_samples():
     net, obs, a_t, eps = double(sdac.Denoiser, 3, 2, hidden_dim=8), randn(4, 3), randn(4, 2, seed=1), randn(4, 5, 2)
     t, weights = torch.tensor([[0], [2], [7], [19]]), randn(4, 5, seed=2).softmax(1)
     target = (weights[..., None] * eps).sum(1)
-    gradients = torch.autograd.grad(sdac.rsm_loss(net, obs, a_t, t, target), list(net.parameters()))
+    prediction = net(obs, a_t[:, None], t[:, 0])[:, 0]
+    gradients = torch.autograd.grad(sdac.rsm_loss(prediction, target), list(net.parameters()))
     loss = 0
     for b in range(4):
         for i in range(5):
@@ -525,6 +527,13 @@ def spy(monkeypatch, name, function=None):
     calls, function = [], function or getattr(sdac, name)
     monkeypatch.setattr(sdac, name, lambda *args: calls.append((args, function(*args))) or calls[-1][1])
     return calls
+
+
+def record_inputs(network):
+    """The positional arguments of every call of a network."""
+    inputs = []
+    network.register_forward_pre_hook(lambda _, args: inputs.append(args))
+    return inputs
 
 
 def fixed_actions(*args):
@@ -693,7 +702,7 @@ def measure(monkeypatch):
             patch.setattr(sdac, "min_q", lambda critics, obs, actions: q)
             patch.setattr(torch, "randint", lambda *args, **kwargs: torch.tensor(t)[:, None])
             metrics = agent.update_policy(obs, obs, torch.zeros(len(t), 2), seeded())
-        (eps, found, temperature), (target, ess) = calls[-1]
+        (eps, found, temperature, _), (target, ess) = calls[-1]
         assert found is q and metrics["temperature"].item() == temperature.item()
         return temperature.item(), eps, target, ess
 
@@ -798,7 +807,7 @@ def test_mirror_descent_weights(monkeypatch):
     agent.update_policy(obs, next_obs, actions, seeded())
     mean = 0.999 * 1.5 + 0.001 * statistics.fmean(values)
     std = 0.999 * 2 + 0.001 * statistics.stdev(values)
-    for value, weight in zip(values, calls[0][0][5].tolist(), strict=True):
+    for value, weight in zip(values, calls[0][0][2].tolist(), strict=True):
         standardised = (value - mean) / std
         standardised = -3 if standardised < -3 else 3 if standardised > 3 else standardised
         assert weight == pytest.approx(math.e ** (standardised / alpha), rel=1e-5)
@@ -809,6 +818,7 @@ def test_mirror_descent_update(monkeypatch):
     agent, batch = make_agent(policy_frequency=1, weighting="mirror-descent"), make_batch()
     spy(monkeypatch, "sample_actions", fixed_actions)
     calls, next_obs, next_actions = spy(monkeypatch, "rsm_loss"), batch[3], fixed_actions(None, None, None, batch[3])
+    inputs = record_inputs(agent.policy)
     agent.q_mean.fill_(0.3), agent.q_std.fill_(0.05)
     metrics = agent.update(batch, seeded(5))
     values = [min_q(agent.critics, next_obs[i], next_actions[i]) for i in range(6)]
@@ -816,14 +826,13 @@ def test_mirror_descent_update(monkeypatch):
     std = 0.05 + 0.001 * (statistics.stdev(values) - 0.05)
     assert agent.q_mean.item() == pytest.approx(mean, abs=1e-7) and mean != pytest.approx(0.3, abs=1e-5)
     assert agent.q_std.item() == pytest.approx(std, abs=1e-8) and std != pytest.approx(0.05, abs=1e-6)
-    ((policy, obs, a_t, t, target, weights), _), generator = calls[0], seeded(5)
-    assert policy is agent.policy and torch.equal(obs, next_obs)
-    assert torch.equal(t, torch.randint(3, (6, 1), generator=generator))
+    (((_, target, weights), _),), ((obs, a_t, t),), generator = calls, inputs, seeded(5)
+    assert torch.equal(obs, next_obs) and torch.equal(t[:, None], torch.randint(3, (6, 1), generator=generator))
     eps = torch.randn(6, 2, generator=generator)
     torch.testing.assert_close(target, eps)
     for b in range(6):
         _, _, _, signal, variance = chain("log-snr", 3)[int(t[b])]
-        torch.testing.assert_close(a_t[b], signal * next_actions[b] + math.sqrt(variance) * eps[b])
+        torch.testing.assert_close(a_t[b, 0], signal * next_actions[b] + math.sqrt(variance) * eps[b])
         expected = math.exp(min(max((values[b] - mean) / std, -3), 3) / 5)
         assert weights[b].item() == pytest.approx(expected, rel=1e-4)
     ess = weights.sum().item() ** 2 / weights.square().sum().item()
@@ -833,11 +842,9 @@ def test_mirror_descent_update(monkeypatch):
 
 def test_rsm_loss_weights_each_transition():
     """The mirror-descent loss is the mean over the batch of weight times squared error, by a loop."""
-    net = double(sdac.Denoiser, 3, 2, hidden_dim=8)
-    obs, a_t, eps = randn(4, 3), randn(4, 2, seed=1), randn(4, 2, seed=2)
-    t, weights = torch.tensor([[0], [2], [7], [19]]), torch.tensor([0.1, 3.0, 0.5, 1.0], dtype=torch.float64)
-    errors = [weights[b] * (denoise(net, obs[b], a_t[b], t[b]) - eps[b]).square().sum() for b in range(4)]
-    assert sdac.rsm_loss(net, obs, a_t, t, eps, weights).item() == pytest.approx(sum(errors).item() / 4, rel=1e-5)
+    prediction, eps, weights = randn(4, 2), randn(4, 2, seed=1), torch.tensor([0.1, 3.0, 0.5, 1.0], dtype=torch.float64)
+    errors = [weights[b] * ((prediction[b, i] - eps[b, i]) ** 2).item() for b in range(4) for i in range(2)]
+    assert sdac.rsm_loss(prediction, eps, weights).item() == pytest.approx(sum(errors).item() / 4, rel=1e-12)
 
 
 def test_updates_happen_at_their_frequencies():
