@@ -91,8 +91,7 @@ def mish(x):
 
 
 class MLP(nn.Module):
-    """A network of context and action, or an ensemble of them. Its first layer is a sum of a term in the context,
-    computed once per state, and a term in the action."""
+    """A network of context and action, or an ensemble. The first layer is split: the context's term is per state."""
 
     def __init__(self, context_dim, action_dim, output_dim, ensemble=(), hidden_dim=256):
         super().__init__()
@@ -197,7 +196,6 @@ class Agent(nn.Module):
         args, (obs, actions, rewards, next_obs, terminations) = self.args, batch
         self.updates += 1
         alpha = self.log_alpha.detach().exp()
-
         # Critics: mean squared error to r + γ (min_j Q̄_j(s', a') - α log π(a'|s'))
         with torch.no_grad():
             next_actions, next_log_prob = sample_actions(self.policy, next_obs, generator)
@@ -240,8 +238,7 @@ def make_envs(env_id, num_envs, video=None):
 
 
 def evaluate(agent, args, device, name=None):
-    """Mean and spread of the returns of --eval-episodes episodes, one per environment, without exploration noise. Every
-    evaluation starts from the same seeds and leaves the training's environments and random stream alone."""
+    """Evaluates without exploration noise; every time from the same seeds, apart from the training's random stream."""
     n, seed, video = args.eval_episodes, args.seed + 1_000_000, Path("videos", name) if args.capture_video else None
     envs, generator = make_envs(args.env_id, n, video), torch.Generator(device).manual_seed(seed)
     obs, _ = envs.reset(seed=seed)

@@ -44,7 +44,6 @@ from tqdm import tqdm
 INITIAL_ALPHA, TARGET_ENTROPY_PER_DIMENSION = 5.0, -0.9  # α starts at 5 and moves the exploration noise to this entropy
 REPORT = "evaluation at step {}: return {:.1f} +/- {:.1f}, length {:.0f}"
 DENOISED_STD = 0.5  # --reverse-proposal mixture: deviation around the denoised action where the noise tells nothing
-MIN_NOISE_TO_SIGNAL, MAX_NOISE_TO_SIGNAL = 0.05, 4.0  # √(1-ᾱ)/√ᾱ of the first and last level of --schedule log-snr
 
 
 @dataclass
@@ -99,16 +98,16 @@ class Args:
 
 class NoiseSchedule:
     """Variance-preserving diffusion (DDPM: Ho et al., 2020) as tables over t = 0..T-1: signal √ᾱ_t, noise √(1-ᾱ_t), and
-    q(a_{t-1} | a_t, a_0) = N(posterior_a0 a_0 + posterior_at a_t, posterior_std² I). "log-snr": noise/signal grows by a
-    constant factor, sampling starts from N(0, I). "linear": β is linear, the start 0.5 N(0, I)."""
+    q(a_{t-1} | a_t, a_0) = N(posterior_a0 a_0 + posterior_at a_t, posterior_std² I). "log-snr": noise/signal grows from
+    0.05 to 4 by a constant factor, sampling starts from N(0, I). "linear": β is linear, the start 0.5 N(0, I)."""
 
     def __init__(self, num_steps, kind, device=None, dtype=torch.float32):
         self.num_steps, self.initial_std = num_steps, 0.5 if kind == "linear" else 1.0
         if kind == "linear":
             alpha_bar = torch.cumprod(1 - 0.8 * torch.linspace(1e-4, 0.999, num_steps, dtype=torch.float64), 0)
         else:
-            ends = math.log10(MAX_NOISE_TO_SIGNAL), math.log10(MIN_NOISE_TO_SIGNAL)
-            alpha_bar = 1 / (1 + torch.logspace(*ends, num_steps, dtype=torch.float64).flip(0) ** 2)
+            ratio = torch.logspace(math.log10(4), math.log10(0.05), num_steps, dtype=torch.float64).flip(0)
+            alpha_bar = 1 / (1 + ratio**2)
         previous = nn.functional.pad(alpha_bar[:-1], (1, 0), value=1.0)  # ᾱ_{t-1}
         beta = 1 - alpha_bar / previous
         self.signal = alpha_bar.sqrt().to(device, dtype)
@@ -128,8 +127,7 @@ def mish(x):
 
 
 class MLP(nn.Module):
-    """A network of context and action, or an ensemble of them. Its first layer is a sum of a term in the context,
-    computed once per state, and a term in the action."""
+    """A network of context and action, or an ensemble. The first layer is split: the context's term is per state."""
 
     def __init__(self, context_dim, action_dim, output_dim, ensemble=(), hidden_dim=256):
         super().__init__()
@@ -208,39 +206,32 @@ def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, e
     return actions.clamp(-1, 1)  # the authors leave the noisy action unclipped
 
 
-def truncated_normal(mean, std, uniform):
-    """Samples of N(mean, std²) in [-1, 1] by inversion of the normal distribution function Φ, and the log of its mass
-    there; each component by itself, uniform on [0, 1)."""
-    low, high, upper = (-1 - mean) / std, (1 - mean) / std, mean < 0
-    low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)  # Φ loses its digits near 1: mirrored
-    # Φ(x) = erfc(-x/√2)/2 is exact in the lower tail, where torch.special.ndtr loses its digits too
-    cdf_low, cdf_high = (0.5 * torch.special.erfc(-x / math.sqrt(2)) for x in (low, high))
-    tiny = torch.finfo(uniform.dtype).tiny
-    z = torch.special.ndtri((cdf_low + uniform * (cdf_high - cdf_low)).clamp(min=tiny)).maximum(low).minimum(high)
-    return (mean + torch.where(upper, -std, std) * z).clamp(-1, 1), (cdf_high - cdf_low).clamp(min=tiny).log()
-
-
 def reverse_samples(schedule, a_t, t, uniform, proposal, prediction=None):
     """Samples from which p(a_0 | a_t) ∝ exp(Q/λ) φ(a_0 | a_t) can be had, φ = N(a_t/√ᾱ_t, (1-ᾱ_t)/ᾱ_t I) in the box.
 
-    a_t (B, d), t (B, 1), uniform on [0, 1) (B, M, d), ε_θ(s, a_t, t) (B, d) -> ε and â = (a_t - √(1-ᾱ_t) ε)/√ᾱ_t, both
-    (B, M, d), and log φ(â | a_t) minus the log-density of the samples (B, M), up to a constant. "truncate": from φ.
-    "clip": from the Gaussian; then â outside the box moves to its surface and ε stays (the authors' choice, biased).
-    "mixture": half of them from φ, where large Q is rare, half around the denoised action, where it is not; both count
-    with the density of the mixture (balance heuristic: Veach and Guibas, 1995)."""
+    a_t and ε_θ(s, a_t, t) (B, d), t (B, 1), uniform on [0, 1) (B, M, d) -> ε and â = (a_t - √(1-ᾱ_t) ε)/√ᾱ_t (B, M, d),
+    and log φ(â | a_t) minus the log-density of what is drawn (B, M), up to a constant. "truncate": from φ. "clip": from
+    the Gaussian; then â outside the box moves to its surface and ε stays (the authors' choice, biased). "mixture": half
+    from φ, half around the denoised action, weighted by their density (balance heuristic: Veach and Guibas, 1995)."""
     a_t, signal, noise = a_t[:, None], schedule.signal[t[:, None]], schedule.noise[t[:, None]]
+    tiny = torch.finfo(uniform.dtype).tiny
     if proposal == "clip":
-        eps = torch.special.ndtri(uniform.clamp(min=torch.finfo(uniform.dtype).tiny))
+        eps = torch.special.ndtri(uniform.clamp(min=tiny))
         return eps, ((a_t - noise * eps) / signal).clamp(-1, 1), torch.zeros_like(uniform[..., 0])
     mean, std = (a_t / signal)[:, None], (noise / signal)[:, None]  # (B, proposals, 1, d) and (B, proposals, 1, 1)
     if proposal == "mixture":
         denoised = ((a_t - noise * prediction[:, None]) / signal).clamp(-1, 1)
-        mean = torch.cat([mean, denoised[:, None]], dim=1)
-        std = torch.cat([std, (std**-2 + DENOISED_STD**-2) ** -0.5], dim=1)
-    samples, log_mass = truncated_normal(mean, std, uniform.unflatten(1, (mean.shape[1], -1)))
-    a_hat = samples.flatten(1, 2)
+        mean, std = torch.cat([mean, denoised[:, None]], 1), torch.cat([std, (std**-2 + DENOISED_STD**-2) ** -0.5], 1)
+    # Inversion of Φ within the box. Φ loses its digits near 1: intervals of the upper tail are mirrored into the lower
+    low, high, upper = (-1 - mean) / std, (1 - mean) / std, mean < 0
+    low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
+    # Φ(x) = erfc(-x/√2)/2 is exact in the lower tail, where torch.special.ndtr loses its digits too
+    cdf_low, cdf_high = (0.5 * torch.special.erfc(-x / math.sqrt(2)) for x in (low, high))
+    mass = (cdf_high - cdf_low).clamp(min=tiny)
+    z = torch.special.ndtri(cdf_low + uniform.unflatten(1, (mean.shape[1], -1)) * mass).maximum(low).minimum(high)
+    a_hat = (mean + torch.where(upper, -std, std) * z).clamp(-1, 1).flatten(1, 2)
     eps = (a_t - signal * a_hat) / noise
-    log_density = (((a_hat[:, None] - mean) / std).square() / -2 - std.log() - log_mass).sum(3).logsumexp(1)
+    log_density = (((a_hat[:, None] - mean) / std).square() / -2 - std.log() - mass.log()).sum(3).logsumexp(1)
     return eps, a_hat, -eps.square().sum(2) / 2 - log_density
 
 
@@ -250,12 +241,6 @@ def rsm_target(eps, q, temperature, log_ratio=0.0):
     log_ratio (B, M) of the reverse samples -> target (B, d) and the effective sample size 1/Σ w_i² (B,)."""
     weights = torch.softmax(q / temperature + log_ratio, dim=1)
     return (weights[..., None] * eps).sum(1), 1 / weights.square().sum(1)
-
-
-def rsm_loss(prediction, target, weights=1.0):
-    """E ‖ε_θ(s, a_t, t) - target‖². With target = Σ w_i ε_i its gradient is that of the RSM loss Σ w_i ‖ε_θ - ε_i‖²,
-    since Σ w_i = 1, but the denoiser is evaluated once instead of M times."""
-    return (weights * (prediction - target).square().sum(1)).mean()
 
 
 def gradient_step(optimizer, loss):
@@ -274,8 +259,7 @@ class Agent(nn.Module):
         self.ema_policy, self.target_critics = copy.deepcopy(self.policy), copy.deepcopy(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(INITIAL_ALPHA)))
         self.register_buffer("q_spread", torch.tensor(0.0))  # σ_Q of --temperature relative; 0 before the first
-        self.register_buffer("q_mean", torch.tensor(0.0))  # running mean and deviation of Q, for mirror descent
-        self.register_buffer("q_std", torch.tensor(1.0))
+        self.register_buffer("q_moments", torch.tensor([0.0, 1.0]))  # mean and deviation of Q, for mirror descent
         self.to(device)
         self.schedule = NoiseSchedule(args.denoising_steps, args.schedule, device)
         self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True)
@@ -326,10 +310,8 @@ class Agent(nn.Module):
         args = self.args
         t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
         eps = torch.randn(next_actions.shape, generator=generator, device=obs.device)
-        if args.anchor == "next" or args.weighting == "mirror-descent":
-            obs, a_0 = next_obs, next_actions
-        else:
-            a_0 = self.act(obs, generator, policy=self.policy)
+        at_next = args.anchor == "next" or args.weighting == "mirror-descent"
+        obs, a_0 = (next_obs, next_actions) if at_next else (obs, self.act(obs, generator, policy=self.policy))
         a_t = self.schedule.signal[t] * a_0 + self.schedule.noise[t] * eps
         prediction = self.policy(obs, a_t[:, None], t[:, 0])[:, 0]
         if args.weighting == "max-entropy":
@@ -341,24 +323,22 @@ class Agent(nn.Module):
                 q = min_q(self.critics, obs, a_hat)
             if args.temperature == "relative":  # to σ_Q: how much Q varies where â is nearly uniform in the box
                 noisy = t[:, 0] >= t.max().clamp(max=args.denoising_steps // 2)  # upper half of the levels, if any
-                weights = torch.softmax(log_ratio, dim=1)  # as if all had been drawn from φ
-                variance = (weights * (q - (weights * q).sum(1, keepdim=True)).square()).sum(1)
+                share = torch.softmax(log_ratio, dim=1)  # as if all had been drawn from φ
+                variance = (share * (q - (share * q).sum(1, keepdim=True)).square()).sum(1)
                 spread = (variance.sqrt() * noisy).sum() / noisy.sum()
                 self.q_spread.copy_(torch.where(self.q_spread == 0, spread, self.q_spread.lerp(spread, 0.01)))
                 temperature = temperature * self.q_spread.clamp(min=1e-8)
             target, ess = rsm_target(eps, q, temperature, log_ratio)
-            loss = rsm_loss(prediction, target)
+            weights = torch.ones_like(ess)
         else:
-            with torch.no_grad():
-                q = min_q(self.critics, obs, a_0[:, None])[:, 0]
-            self.q_mean.lerp_(q.mean(), 0.001)
-            self.q_std.lerp_(q.std(), 0.001)
+            target, q = eps, min_q(self.critics, obs, a_0[:, None])[:, 0].detach()
+            self.q_moments.lerp_(torch.stack([q.mean(), q.std()]), 0.001)
             temperature = self.log_alpha.detach().exp()
-            weights = (((q - self.q_mean) / self.q_std).clamp(-3, 3) / temperature).exp()
+            weights = (((q - self.q_moments[0]) / self.q_moments[1]).clamp(-3, 3) / temperature).exp()
             ess = weights.sum().square() / weights.square().sum()
-            loss = rsm_loss(prediction, eps, weights)
-        # The learning rate is held for 25k policy updates and falls to a tenth over the next 50k
-        decay = (self.updates // args.policy_frequency - 1 - 25_000) / 50_000
+        # With target = Σ w_i ε_i this has the gradient of the RSM loss Σ w_i ‖ε_θ - ε_i‖² with one evaluation of ε_θ
+        loss = (weights * (prediction - target).square().sum(1)).mean()
+        decay = (self.updates // args.policy_frequency - 25_001) / 50_000  # lr: held for 25k updates, 0.1 from 75k on
         self.policy_optimizer.param_groups[0]["lr"] = args.policy_lr * (1 - 0.9 * min(max(decay, 0), 1))
         gradient_step(self.policy_optimizer, loss)
         return {"rsm_loss": loss, "effective_sample_size": ess.mean(), "temperature": temperature}
@@ -375,8 +355,7 @@ def make_envs(env_id, num_envs, video=None):
 
 
 def evaluate(agent, args, device, name=None):
-    """Mean and spread of the returns of --eval-episodes episodes, one per environment, without exploration noise. Every
-    evaluation starts from the same seeds and leaves the training's environments and random stream alone."""
+    """Evaluates without exploration noise; every time from the same seeds, apart from the training's random stream."""
     n, seed, video = args.eval_episodes, args.seed + 1_000_000, Path("videos", name) if args.capture_video else None
     envs, generator = make_envs(args.env_id, n, video), torch.Generator(device).manual_seed(seed)
     obs, _ = envs.reset(seed=seed)

@@ -74,7 +74,7 @@ def look_into(run, episodes, num_states=128):
     args, state = sdac.parse(["--evaluate", str(run), "--no-compile", "--no-cuda", "--eval-episodes", str(episodes)])
     obs_dim, action_dim = sdac.validate(args)
     agent, generator = sdac.Agent(args, obs_dim, action_dim, torch.device("cpu")), torch.Generator().manual_seed(1)
-    agent.load_state_dict(state["agent"])
+    agent.load_state_dict(state["agent"], strict=False)  # mirror descent's statistics once had other names
     latest = state["rows"][-50_000:, :obs_dim]
     obs = latest[torch.randint(len(latest), (num_states,), generator=generator)]
     temperature = args.temperature_scale * agent.log_alpha.detach().exp()

@@ -210,10 +210,9 @@ def train(name, dim, method, seed, num_samples=M, levels=DEFAULT, steps=None):
     torch.manual_seed(seed)
     target, generator = make_target(name, dim), torch.Generator().manual_seed(seed)
     schedule, denoiser = make_schedule(torch.float32, **levels), sdac.Denoiser(1, dim)
-    steps = steps or (LONG if dim == 2 else STEPS)
+    steps, q_mean, q_std = steps or (LONG if dim == 2 else STEPS), torch.tensor(0.0), torch.tensor(1.0)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    obs, q_mean, q_std = torch.zeros(BATCH, 1), torch.tensor(0.0), torch.tensor(1.0)
     for step in range(steps):
         if step % 40 == 0 and method != "denoising":
             pool = policy_samples(denoiser, 512, generator, schedule)
@@ -222,7 +221,7 @@ def train(name, dim, method, seed, num_samples=M, levels=DEFAULT, steps=None):
         t = torch.randint(schedule.num_steps, (BATCH, 1), generator=generator)
         eps, weights = torch.randn(BATCH, dim, generator=generator), 1.0
         a_t = schedule.signal[t] * a_0 + schedule.noise[t] * eps
-        prediction = denoiser(obs, a_t[:, None], t[:, 0])[:, 0]
+        prediction = denoiser(torch.zeros(BATCH, 1), a_t[:, None], t[:, 0])[:, 0]
         if method == "mirror-descent":
             q = target.energy(a_0)
             q_mean, q_std = q_mean.lerp(q.mean(), 0.001), q_std.lerp(q.std(), 0.001)
@@ -231,7 +230,7 @@ def train(name, dim, method, seed, num_samples=M, levels=DEFAULT, steps=None):
             uniform = torch.rand(BATCH, num_samples, dim, generator=generator)
             eps, a_hat, log_ratio = sdac.reverse_samples(schedule, a_t, t, uniform, method, prediction.detach())
             eps, _ = sdac.rsm_target(eps, target.energy(a_hat), 1.0, log_ratio)
-        sdac.gradient_step(optimizer, sdac.rsm_loss(prediction, eps, weights))
+        sdac.gradient_step(optimizer, (weights * (prediction - eps).square().sum(1)).mean())
         decay.step()
     return denoiser
 

@@ -184,19 +184,19 @@ def test_metrics_file_repeats(module, script, trained, main, monkeypatch):
     assert not set(other.splitlines()[1:]) & set(reference.splitlines()[1:])
 
 
-STATISTICS = [([], ["q_spread"]), (["--weighting", "mirror-descent"], ["q_mean", "q_std"])]
+STATISTICS = [([], "q_spread"), (["--weighting", "mirror-descent"], "q_moments")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:1])
-@pytest.mark.parametrize("flags, names", STATISTICS)
-def test_files_hold_the_statistics_of_q(main, flags, names):
+@pytest.mark.parametrize("flags, name", STATISTICS)
+def test_files_hold_the_statistics_of_q(main, flags, name):
     """The running statistics are in the checkpoint and in the model, and a resumed run goes on from them."""
     folder = main(*PENDULUM, *small_flags("sdac_continuous_action"), *flags)
     (run_dir,) = folder.glob("runs/*")
 
     def statistics():
         states = [torch.load(run_dir / f"{x}.pt", weights_only=True)["agent"] for x in ("checkpoint", "model")]
-        return ([state[name].item() for name in names] for state in states)
+        return (state[name].flatten().tolist() for state in states)
 
     before, same = statistics()
     assert before == same and not {0.0, 1.0} & set(before)  # where they begin
@@ -347,6 +347,13 @@ def test_numbers_that_do_not_fit_together(refused):
     error = refused("--buffer-size", 10**12)
     # 4 + 1 + 1 + 4 + 1 numbers of 4 bytes in a transition
     assert "--buffer-size 1000000000000 is too large" in error and " 44000000000000 bytes" in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:1])
+def test_a_mixture_has_two_halves(refused, module):
+    error = refused("--reverse-proposal", "mixture", "--num-reverse-samples", 5)
+    assert "--num-reverse-samples is 5; give an even number" in error
+    assert module.validate(module.Args(reverse_proposal="mixture", num_reverse_samples=6)) == (17, 6)
 
 
 def test_warm_up_follows_the_budget(module):
