@@ -2,8 +2,8 @@
 
     python benchmark/refit.py benchmark/runs/full/Ant-v4__truncate__1/runs/*    # 10 minutes; with a checkpoint.pt
 
-Critics, λ and replay buffer stay as they are, so that the policy has one thing to learn, exp(Q/λ) of these critics. Each
-variant begins with the run's policy and makes UPDATES updates with fresh optimisers. Written to
+Critics, λ and replay buffer stay as they are, so that the policy has one thing to learn, exp(Q/λ) of these critics.
+Each variant begins with the policy of the run and makes UPDATES updates with fresh optimisers. Written to
 benchmark/results/refit.json: benchmark/policy.py's figures, Q of the averaged policy beside that of exp(Q/λ)."""
 
 import argparse

@@ -636,6 +636,17 @@ def test_readme_has_the_figures_of_the_policies():
         assert f"| `{name.split('__')[1]}` | {' | '.join(row)} |" in lines
 
 
+def test_readme_has_the_figures_of_the_refits():
+    text = (ROOT / "benchmark/README.md").read_text()
+    (refits,) = json.loads((ROOT / "benchmark/results/refit.json").read_text())["runs"].values()
+    rows = []
+    for facts in refits:
+        name, m = (f"`{facts['proposal']}`", facts["M"]) if facts["M"] else ("as it is", "")
+        levels = [facts["Q"][x] for x in ("best of 1", "best of 4", "best of 32", "exp(Q/λ)")]
+        rows.append(" ".join(f"| {name} | {m} | {' | '.join(f'{x:.2f}' for x in levels)} |".split()))
+    assert "\n".join(rows) in text
+
+
 def test_maximum_of_a_known_function(policy):
     center = torch.tensor([[0.2, 0.7], [-0.5, 3.0]])  # the second one's maximum is on a face
     q = lambda a: -(a - center[:, None]).square().sum(-1)  # noqa: E731
