@@ -338,7 +338,7 @@ class Agent(nn.Module):
             ess = weights.sum().square() / weights.square().sum()
         # With target = Σ w_i ε_i this has the gradient of the RSM loss Σ w_i ‖ε_θ - ε_i‖² with one evaluation of ε_θ
         loss = (weights * (prediction - target).square().sum(1)).mean()
-        decay = (self.updates // args.policy_frequency - 25_001) / 50_000  # lr: held for 25k updates, 0.1 from 75k on
+        decay = (self.updates // args.policy_frequency - 25_001) / 50_000  # from 0 at 25k policy updates to 1 at 75k
         self.policy_optimizer.param_groups[0]["lr"] = args.policy_lr * (1 - 0.9 * min(max(decay, 0), 1))
         gradient_step(self.policy_optimizer, loss)
         return {"rsm_loss": loss, "effective_sample_size": ess.mean(), "temperature": temperature}

@@ -70,8 +70,9 @@ def inspect(agent, obs, temperature, generator, num_samples=64):
     }
 
 
-def look_into(run, episodes, num_states=128):
-    args, state = sdac.parse(["--evaluate", str(run), "--no-compile", "--no-cuda", "--eval-episodes", str(episodes)])
+def load(run, num_states, *flags):
+    """The agent of a run folder, its saved state, late observations (num_states, obs_dim), λ and a generator."""
+    args, state = sdac.parse(["--evaluate", str(run), "--no-cuda", *flags])
     obs_dim, action_dim = sdac.validate(args)
     agent, generator = sdac.Agent(args, obs_dim, action_dim, torch.device("cpu")), torch.Generator().manual_seed(1)
     agent.load_state_dict(state["agent"], strict=False)  # mirror descent's statistics once had other names
@@ -80,6 +81,12 @@ def look_into(run, episodes, num_states=128):
     temperature = args.temperature_scale * agent.log_alpha.detach().exp()
     if args.temperature == "relative":
         temperature = temperature * agent.q_spread
+    return agent, state, obs, temperature, generator
+
+
+def look_into(run, episodes, num_states=128):
+    agent, state, obs, temperature, generator = load(run, num_states, "--no-compile", "--eval-episodes", str(episodes))
+    args = agent.args
     facts = {"step": state["step"], "args": state["args"]} | inspect(agent, obs, temperature, generator)
     for args.num_particles in PARTICLES:
         facts[f"evaluation, K = {args.num_particles}"] = sdac.evaluate(agent, args, torch.device("cpu"))

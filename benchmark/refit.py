@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from policy import ROOT, inspect, sdac
+from policy import ROOT, inspect, load
 from speed import cpu_name, versions
 
 UPDATES, BATCH = 1500, 64
@@ -21,18 +21,12 @@ VARIANTS = [("as it is", 0)] + [(proposal, m) for m in (16, 64) for proposal in 
 
 def refit(run, proposal, m, num_states=48):
     """Figures of the policy of a run folder after more updates of it with this proposal and M."""
-    args, state = sdac.parse(["--evaluate", str(run), "--no-cuda", "--anchor", "next"])
-    obs_dim, action_dim = sdac.validate(args)
-    agent, generator = sdac.Agent(args, obs_dim, action_dim, torch.device("cpu")), torch.Generator().manual_seed(1)
-    agent.load_state_dict(state["agent"], strict=False)  # mirror descent's statistics once had other names
-    rows, spread = state["rows"], agent.q_spread.clone()
-    temperature = args.temperature_scale * agent.log_alpha.detach().exp() * spread
-    latest = rows[-50_000:, :obs_dim]
-    obs = latest[torch.randint(len(latest), (num_states,), generator=generator)]
+    agent, state, obs, temperature, generator = load(run, num_states, "--anchor", "next")
+    args, rows, spread = agent.args, state["rows"], agent.q_spread.clone()
     args.reverse_proposal, args.num_reverse_samples, start = proposal, m, time.time()
     for _ in range(UPDATES if m else 0):
         batch = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
-        next_obs = batch[:, obs_dim + action_dim + 1 : -1]
+        next_obs = batch[:, -1 - obs.shape[1] : -1]
         agent.update_policy(next_obs, next_obs, agent.act(next_obs, generator, policy=agent.policy), generator)
         agent.q_spread.copy_(spread)
         with torch.no_grad():

@@ -7,7 +7,7 @@ replaced by the energy, there is one state, and one particle is sampled, so that
 error. The noised actions of the loss come, as in the algorithm, from the policy's own samples. Compared, with 3 seeds:
     truth           true samples of exp(Q/λ): the distance between two sets of them is the floor
     exact           no learning, the true posterior mean of the noise: what the sampler's T steps alone do wrong
-    truncate, clip  the two --reverse-proposal
+    truncate, clip  two of the --reverse-proposal
     mirror-descent  --weighting mirror-descent, from the policy's own samples
     denoising       denoising score matching on true samples, which no reinforcement learner has
 on the default noise levels; exact and (one seed) truncate on both --schedule with several T; exact on other ends.
