@@ -113,7 +113,8 @@ def draw(tasks, folder):
             draw_aggregate(axes.flat[len(tasks)], runs, color)
         entries = [axis.get_legend_handles_labels() for axis in axes.flat]
         curves = {label: line for entry in entries for line, label in zip(*entry, strict=True)}
-        figure.legend(curves.values(), curves, loc="outside lower center", ncols=min(len(curves), 3 * columns))
+        ncols = min(len(curves), max(2, 3 * (columns - 1)))
+        figure.legend(curves.values(), curves, loc="outside lower center", ncols=ncols)
         figure.savefig(folder / f"{picture}.png", dpi=110)
         plt.close(figure)
 

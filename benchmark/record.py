@@ -5,7 +5,8 @@
 For each run folder writes benchmark/results/<run>.csv (evaluations, with the updates and seconds at each) and
 <run>.json (arguments, versions, machine, duration, return of uniformly random actions), or with --into NAME into
 benchmark/results/NAME. Run it on the machine and in the environment of the training, since it asks those for their
-names, and with the script of the training still beside runs/: its SHA-256 is kept too, or null if it is not there."""
+names, and with the script of the training still beside runs/: its SHA-256 is kept too, or null if it is not there.
+--until STEPS keeps the evaluations up to there, also of a run that has not ended."""
 
 import argparse
 import csv
@@ -43,16 +44,18 @@ def algorithm(args):
     return "sdac" if "denoising_steps" in args else "sac"
 
 
-def collect(run):
+def collect(run, until=None):
     """Name, facts and evaluations of the run in a folder."""
-    (run / "model.pt").stat()  # written at the end of a training
+    if until is None:
+        (run / "model.pt").stat()  # written at the end of a training
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-    if (run / "timing.csv").exists():  # the run began with an earlier version of the script
-        seconds = [row["seconds"] for row in csv.DictReader((run / "timing.csv").read_text().splitlines())]
-    else:
-        seconds = [evaluation[-1] for evaluation in saved["evaluations"]]
+    seconds = [evaluation[-1] for evaluation in saved["evaluations"]]
     rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
     rows = [row | {"seconds": time} for row, time in zip(rows, seconds, strict=True)]
+    if until is not None:
+        if until not in [int(row["global_step"]) for row in rows]:
+            raise ValueError(f"it has no evaluation at step {until}")
+        rows = [row for row in rows if int(row["global_step"]) <= until]
     script = run.resolve().parent.parent / f"{algorithm(saved['args'])}_continuous_action.py"
     facts = {
         "algorithm": algorithm(saved["args"]),
@@ -84,11 +87,12 @@ def write(name, facts, rows, results):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", default=".", metavar="NAME", help="folder under benchmark/results")
+    parser.add_argument("--until", type=int, metavar="STEPS", help="the last evaluation to be kept")
     parser.add_argument("runs", nargs="+", type=Path)
     options = parser.parse_args()
     results = Path(__file__).parent / "results" / options.into
     for run in options.runs:
         try:
-            write(*collect(run), results)
+            write(*collect(run, options.until), results)
         except Exception as error:  # damaged files raise many kinds of errors
             parser.error(f"{run} cannot be kept ({type(error).__name__}: {error}); give the folder of a finished run")

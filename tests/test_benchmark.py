@@ -394,7 +394,7 @@ def test_table_and_scores_by_hand(plot, tmp_path):
     plot.draw(tasks, tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["cpu", "variants", "full"])
+@pytest.mark.parametrize("folder", ["cpu", "variants", "full", "temperature"])
 def test_readme_has_the_tables_of_the_files(plot, folder):
     text = plot.table(plot.read(ROOT / "benchmark" / "results" / folder))
     assert text == (ROOT / "benchmark" / "results" / folder / "table.md").read_text()
@@ -481,19 +481,18 @@ def test_record_keeps_what_it_can(tool, tmp_path):
     assert tool("record.py", run) == "" and json.loads(facts.read_text())["script_sha256"] == expected
 
 
-@pytest.mark.parametrize("earlier", [False, True])
-def test_record_reads_runs_of_both_versions(tool, tmp_path, earlier):
-    """Seconds are in the checkpoint or, of an earlier version, in timing.csv; the arguments tell the algorithm."""
+def test_record_keeps_evaluations_with_their_seconds(tool, tmp_path):
+    """Seconds are in the checkpoint, the arguments tell the algorithm; --until also keeps a run that has not ended."""
     run = tmp_path / "runs" / "InvertedPendulum-v4__sdac__1__1"
     run.mkdir(parents=True)
     args = {"env_id": "InvertedPendulum-v4", "denoising_steps": 3, "resume": "runs/x"}
     evaluations = [[100, 1, 5.5, 0.5, 10.0, 9.25], [200, 2, 6.5, 0.0, 11.0, 17.5]]
     (run / "metrics.csv").write_text("global_step,updates,episodic_return\n100,1,5.5\n200,2,6.5\n")
-    if earlier:
-        args |= {"save_model": True, "cudagraphs": False}
-        (run / "timing.csv").write_text("global_step,updates,seconds,evaluation_seconds\n100,1,9.25,4\n200,2,17.5,4\n")
-        evaluations = [(row[2], f"evaluation at step {row[0]}") for row in evaluations]
     torch.save({"args": args, "evaluations": evaluations, "rows": torch.zeros(5, 3)}, run / "checkpoint.pt")
+    assert "no evaluation at step 150" in tool("record.py", run, "--until", 150)
+    assert tool("record.py", run, "--until", 100) == ""
+    expected = "global_step,updates,episodic_return,seconds\n100,1,5.5,9.25\n"
+    assert (tmp_path / "results" / f"{run.name}.csv").read_text() == expected
     (run / "model.pt").touch()
     assert tool("record.py", run) == ""
     expected = "global_step,updates,episodic_return,seconds\n100,1,5.5,9.25\n200,2,6.5,17.5\n"
