@@ -95,4 +95,5 @@ if __name__ == "__main__":
         try:
             write(*collect(run, options.until), results)
         except Exception as error:  # damaged files raise many kinds of errors
-            parser.error(f"{run} cannot be kept ({type(error).__name__}: {error}); give the folder of a finished run")
+            hint = "give the folder of a finished run, or --until a step of its metrics.csv"
+            parser.error(f"{run} cannot be kept ({type(error).__name__}: {error}); {hint}")
