@@ -91,7 +91,7 @@ def test_cuda_graphs_change_nothing(script, settings, monkeypatch):
                 found += [*(value.clone() for value in metrics.values()), act(batch[0][:5], generator).clone()]
             assert hasattr(act, "graph") == recorded and (not recorded or act.graph is not None)
             results.append([*found, *agent.state_dict().values(), generator.get_state()])
-    assert len(results[0]) > 300
+    assert len(results[0]) > 200
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
 
