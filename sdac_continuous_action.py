@@ -57,7 +57,7 @@ class Args:
     capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
     evaluate: str | None = None  # evaluate the policy of this run folder, model.pt or checkpoint.pt, and end
     resume: str | None = None  # go on with the training of this run folder
-    compile: bool = bool(shutil.which("g++"))  # on a CPU: the networks; on a GPU the kernels are recorded instead
+    compile: bool = bool(shutil.which("g++")) and not torch.cuda.is_available()  # the networks (on CUDA: untried)
     bfloat16: bool = True  # on a CPU that multiplies bfloat16, use it in the reverse diffusion; what learns is float32
 
     env_id: str = "HalfCheetah-v4"  # the Gymnasium task
@@ -249,28 +249,6 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
-class CudaGraph:
-    """A function of tensors and a generator. On a GPU its third call is recorded; from then on a call launches the same
-    kernels all at once, on copies of its tensors, and overwrites what the call before returned."""
-
-    def __init__(self, function):
-        self.function, self.calls, self.graph = function, 0, None
-
-    def __call__(self, *inputs):
-        *tensors, generator = inputs
-        self.calls += 1
-        if not tensors[0].is_cuda or self.calls < 3:  # the first ones choose kernels and set up optimisers
-            return self.function(*inputs)
-        if self.graph is None:
-            self.graph, self.tensors = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
-            self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.outputs = self.function(*self.tensors, generator)
-        torch._foreach_copy_(self.tensors, tensors)
-        self.graph.replay()
-        return self.outputs
-
-
 class Agent(nn.Module):
     """Policy, critics, their moving averages and optimisers. act() takes actions, update() learns from a batch."""
 
@@ -284,17 +262,15 @@ class Agent(nn.Module):
         self.register_buffer("q_moments", torch.tensor([0.0, 1.0]))  # mean and deviation of Q, for mirror descent
         self.to(device)
         self.schedule = NoiseSchedule(args.denoising_steps, args.schedule, device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=True)
-        self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
-        self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr, device=device))
-        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
+        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr, fused=True)
         self.optimizers = [self.q_optimizer, self.policy_optimizer, self.alpha_optimizer]
         cpu = torch.cpu.get_capabilities() if device.type == "cpu" and args.bfloat16 else {}
         self.dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else None
-        if args.compile and device.type == "cpu":
+        if args.compile:
             for network in self.children():
                 network.compile(dynamic=True)  # one compilation for all numbers of states
-        self.update_critics, self.update_policy = CudaGraph(self.update_critics), CudaGraph(self.update_policy)
 
     def act(self, obs, generator, explore=True, policy=None):
         """Actions (B, d) of the averaged policy, or of the given one, with exploration noise or without."""
@@ -304,26 +280,11 @@ class Agent(nn.Module):
 
     def update(self, batch, generator):
         """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
-        args, (obs, *_, next_obs, _) = self.args, batch
+        args, (obs, actions, rewards, next_obs, terminations) = self.args, batch
         self.updates += 1
-        metrics, next_actions = self.update_critics(*batch, generator)
-        if self.updates % args.policy_frequency == 0:
-            decay = min(max(self.updates // args.policy_frequency - 25_001, 0) / 50_000, 1)  # 1 at 75k policy updates
-            self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * (1 - 0.9 * decay))
-            metrics = metrics | self.update_policy(obs, next_obs, next_actions, generator)
-        if self.updates % args.alpha_frequency == 0:  # moves the entropy of the exploration noise to its target
-            std = args.noise_scale * self.log_alpha.detach().exp()
-            excess = 0.5 * math.log(2 * math.pi * math.e) + std.log() - TARGET_ENTROPY_PER_DIMENSION  # per dimension
-            gradient_step(self.alpha_optimizer, self.log_alpha * self.action_dim * excess)
-        if self.updates % args.target_network_frequency == 0:
-            with torch.no_grad():  # average ← τ source + (1-τ) average
-                for average, source in [(self.target_critics, self.critics), (self.ema_policy, self.policy)]:
-                    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), args.tau)
-        return metrics
-
-    def update_critics(self, obs, actions, rewards, next_obs, terminations, generator):
-        """Mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus. Returns metrics and a'."""
-        args, alpha = self.args, self.log_alpha.detach().exp()
+        alpha = self.log_alpha.detach().exp()
+        std = args.noise_scale * alpha  # of the exploration noise
+        # Critics: mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus
         next_actions = self.act(next_obs, generator, policy=self.policy)
         with torch.no_grad():
             next_q = min_q(self.target_critics, next_obs, next_actions[:, None])[:, 0]
@@ -331,9 +292,18 @@ class Agent(nn.Module):
         q = self.critics(obs, actions[:, None])[..., 0, 0]
         q_losses = (q - target_q).square().mean(1)
         gradient_step(self.q_optimizer, q_losses.sum())
-        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "qf_loss": q_losses.mean(), "alpha": alpha}
-        metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "exploration_std": args.noise_scale * alpha}
-        return {name: value.detach() for name, value in metrics.items()}, next_actions
+        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha, "exploration_std": std}
+        metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
+        if self.updates % args.policy_frequency == 0:
+            metrics |= self.update_policy(obs, next_obs, next_actions, generator)
+        if self.updates % args.alpha_frequency == 0:  # moves the entropy of the exploration noise to its target
+            excess = 0.5 * math.log(2 * math.pi * math.e) + std.log() - TARGET_ENTROPY_PER_DIMENSION  # per dimension
+            gradient_step(self.alpha_optimizer, self.log_alpha * self.action_dim * excess)
+        if self.updates % args.target_network_frequency == 0:
+            with torch.no_grad():  # average ← τ source + (1-τ) average
+                for average, source in [(self.target_critics, self.critics), (self.ema_policy, self.policy)]:
+                    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), args.tau)
+        return {name: value.detach() for name, value in metrics.items()}
 
     def update_policy(self, obs, next_obs, next_actions, generator):
         """Denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ). Returns metrics."""
@@ -368,8 +338,10 @@ class Agent(nn.Module):
             ess = weights.sum().square() / weights.square().sum()
         # With target = Σ w_i ε_i this has the gradient of the RSM loss Σ w_i ‖ε_θ - ε_i‖² with one evaluation of ε_θ
         loss = (weights * (prediction - target).square().sum(1)).mean()
+        decay = (self.updates // args.policy_frequency - 25_001) / 50_000  # from 0 at 25k policy updates to 1 at 75k
+        self.policy_optimizer.param_groups[0]["lr"] = args.policy_lr * (1 - 0.9 * min(max(decay, 0), 1))
         gradient_step(self.policy_optimizer, loss)
-        return {"rsm_loss": loss.detach(), "effective_sample_size": ess.mean(), "temperature": temperature}
+        return {"rsm_loss": loss, "effective_sample_size": ess.mean(), "temperature": temperature}
 
 
 def make_envs(env_id, num_envs, video=None):
@@ -387,10 +359,9 @@ def evaluate(agent, args, device, name=None):
     n, seed, video = args.eval_episodes, args.seed + 1_000_000, Path("videos", name) if args.capture_video else None
     envs, generator = make_envs(args.env_id, n, video), torch.Generator(device).manual_seed(seed)
     obs, _ = envs.reset(seed=seed)
-    act = CudaGraph(partial(agent.act, explore=False))
     returns, lengths, running = np.zeros(n), np.zeros(n), np.ones(n, dtype=bool)
     while running.any():
-        actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator)
+        actions = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator, explore=False)
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         returns += rewards * running
         lengths += running
@@ -454,8 +425,6 @@ def set_up_torch(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
     torch.manual_seed(args.seed)
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
     torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, networks run uncompiled
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_bw") and not cpu.get("amx_bf16"):  # here "bf16" means oneDNN instead of MKL, still in float32:
@@ -474,7 +443,6 @@ def train(args, agent, buffer, generator, state):
     checkpoint_frequency = args.checkpoint_frequency or eval_frequency
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args.env_id, n))
-    act = CudaGraph(agent.act)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     metrics, recent_returns, signals, start_time = {}, deque(maxlen=20), [], time.time() - state["seconds"]
@@ -521,7 +489,7 @@ def train(args, agent, buffer, generator, state):
         if step < args.learning_starts:
             actions = 2 * torch.rand(n, agent.action_dim, generator=generator, device=device) - 1
         else:
-            actions = act(to_tensor(obs), generator)
+            actions = agent.act(to_tensor(obs), generator)
         actions_for_envs = actions.cpu().numpy()
         if step >= args.learning_starts:  # before the environments step, so that a GPU works meanwhile
             metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
@@ -551,9 +519,7 @@ def train(args, agent, buffer, generator, state):
 
 def main(args, state=None):
     """Trains, goes on with a training, or evaluates a trained policy."""
-    warnings.filterwarnings(
-        "ignore", message=".*out of date|compiler attribute|.*capturable|.*Overwriting existing video"
-    )
+    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute|.*Overwriting existing videos")
     with one_sentence("cannot start:"):
         import mujoco  # here, since it fails where MUJOCO_GL asks for what is not there
 

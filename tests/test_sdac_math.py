@@ -928,7 +928,7 @@ def test_policy_learning_rate_is_held_and_then_falls_to_a_tenth(monkeypatch, fre
     rates, step = {}, sdac.gradient_step
 
     def recording_step(optimizer, loss):
-        rates.setdefault(optimizer, []).append(float(optimizer.param_groups[0]["lr"]))
+        rates.setdefault(optimizer, []).append(optimizer.param_groups[0]["lr"])
         step(optimizer, loss)
 
     monkeypatch.setattr(sdac, "gradient_step", recording_step)
