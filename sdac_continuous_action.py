@@ -84,11 +84,11 @@ class Args:
     schedule: Literal["log-snr", "linear"] = "log-snr"  # noise levels even in log(signal/noise), or β linear in t
     num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
     num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
-    reverse_proposal: Literal["truncate", "mixture", "clip"] = "truncate"  # what reverse samples are drawn from
+    reverse_proposal: Literal["truncate", "mixture", "clip"] = "mixture"  # what reverse samples are drawn from
     anchor: Literal["current", "next"] = "current"  # the loss at (s, a_0), or at (s', a') of the critic's target
     weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
     temperature: Literal["relative", "fixed"] = "relative"  # λ with or without the spread of Q over the box as unit
-    temperature_scale: float = 0.2  # λ / α, in that unit; smaller is greedier
+    temperature_scale: float = 0.0125  # λ / α, in that unit; smaller is greedier
     noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
 
     def __post_init__(self):

@@ -514,9 +514,11 @@ def test_effective_sample_size_runs_from_one_to_all():
 
 
 def make_agent(**choices):
-    """A small agent whose averages are not the online networks, and whose critics matter to the weights."""
+    """A small agent whose averages are not the online networks, and whose critics matter to the weights; with α/5 and
+    all reverse samples from φ unless chosen otherwise."""
     torch.manual_seed(3)
     small = {"num_particles": 2, "denoising_steps": 3, "num_reverse_samples": 4}
+    small |= {"temperature_scale": 0.2, "reverse_proposal": "truncate"}
     agent = sdac.Agent(sdac.Args(compile=False, bfloat16=False, **small | choices), 3, 2, CPU)
     for critics in (agent.critics, agent.target_critics):
         critics.weights[-1].data *= 10
@@ -740,7 +742,8 @@ def measure(monkeypatch):
 
 @pytest.mark.parametrize("choices", [{}, {"temperature_scale": 0.05}])
 def test_fixed_temperature_is_a_share_of_alpha_and_measures_nothing(measure, choices):
-    """λ = α/5, or another share, whatever Q is, and σ_Q stays where it was."""
+    """λ = α/5, or another share, whatever Q is, and σ_Q stays where it was. The default is a sixteenth of that."""
+    assert sdac.Args.temperature_scale == pytest.approx(0.2 / 16)
     agent = make_agent(temperature="fixed", **choices)
     for alpha in (5.0, 2.0):
         agent.log_alpha.data.fill_(math.log(alpha))

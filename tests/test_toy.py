@@ -122,7 +122,8 @@ def error_of_the_minimiser(proposal, t, n=2000, num_samples=2048):
     generator = torch.Generator().manual_seed(t)
     a_t = toy.noised(target, n, t, schedule, generator)
     uniform = torch.rand(n, num_samples, 1, generator=generator, dtype=torch.float64)
-    eps, a_hat, log_ratio = sdac.reverse_samples(schedule, a_t, torch.full((n, 1), t), uniform, proposal)
+    prediction = 0.5 * a_t  # of a network that has not learned yet
+    eps, a_hat, log_ratio = sdac.reverse_samples(schedule, a_t, torch.full((n, 1), t), uniform, proposal, prediction)
     eps, _ = sdac.rsm_target(eps, target.energy(a_hat), 1.0, log_ratio)
     error, design = eps - target.posterior_noise(a_t, t, schedule), torch.cat([torch.ones_like(a_t), a_t], dim=1)
     inverse = torch.linalg.inv(design.T @ design)
