@@ -42,7 +42,10 @@ SIDE_BY_SIDE = {
     "Humanoid-v4": {"authors update": [1205, 1292], "this script, linear 20": [239, 241], "authors act": [17, 21]},
 }
 VARIANTS = {  # configurations that are more than optimisations
-    "linear 20": {"schedule": "linear", "denoising_steps": 20, "temperature": "fixed"},  # as the authors have it
+    "linear 20": {  # as the authors have it
+        "schedule": "linear", "denoising_steps": 20, "temperature": "fixed", "temperature_scale": 0.2,
+        "reverse_proposal": "clip",
+    },  # fmt: skip
     "T = 10": {"denoising_steps": 10},
     "anchor next": {"anchor": "next"},
     "K = 8, M = 32, batch 128": {"num_particles": 8, "num_reverse_samples": 32, "batch_size": 128},
