@@ -43,9 +43,12 @@ SIDE_BY_SIDE = {
 }
 VARIANTS = {  # configurations that are more than optimisations
     "linear 20": {  # as the authors have it
-        "schedule": "linear", "denoising_steps": 20, "temperature": "fixed", "temperature_scale": 0.2,
+        "schedule": "linear",
+        "denoising_steps": 20,
+        "temperature": "fixed",
+        "temperature_scale": 0.2,
         "reverse_proposal": "clip",
-    },  # fmt: skip
+    },
     "T = 10": {"denoising_steps": 10},
     "anchor next": {"anchor": "next"},
     "K = 8, M = 32, batch 128": {"num_particles": 8, "num_reverse_samples": 32, "batch_size": 128},
