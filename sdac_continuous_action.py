@@ -12,7 +12,6 @@ Notation: s observation, a action in [-1, 1]^d, ε standard normal noise, a_t = 
 Shapes:   B batch, d action dimension, T denoising steps, K particles, M reverse samples, N actions per state."""
 
 import copy
-import ctypes
 import itertools
 import math
 import os
@@ -21,17 +20,12 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
-
-# Read when PyTorch is imported. Idle OpenMP threads sleep after a short spin, and do not keep busy ones from working
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("TORCH_LOGS", "-dynamo")  # no pages of text on what cannot be compiled; it runs uncompiled
 
 import gymnasium as gym
 import numpy as np
@@ -41,7 +35,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-INITIAL_ALPHA, TARGET_ENTROPY_PER_DIMENSION = 5.0, -0.9  # α starts at 5 and moves the exploration noise to this entropy
+INITIAL_ALPHA, TARGET_ENTROPY_PER_DIM = 5.0, -0.9  # α starts at 5 and moves the exploration noise to this entropy
 REPORT = "evaluation at step {}: return {:.1f} +/- {:.1f}, length {:.0f}"
 DENOISED_STD = 0.5  # --reverse-proposal mixture: deviation around the denoised action where the noise tells nothing
 
@@ -57,8 +51,8 @@ class Args:
     capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
     evaluate: str | None = None  # evaluate the policy of this run folder, model.pt or checkpoint.pt, and end
     resume: str | None = None  # go on with the training of this run folder
-    compile: bool = bool(shutil.which("g++")) and not torch.cuda.is_available()  # the networks (on CUDA: untried)
-    bfloat16: bool = True  # on a CPU that multiplies bfloat16, use it in the reverse diffusion; what learns is float32
+    compile: bool = bool(shutil.which("g++"))  # on a CPU: the networks; on a GPU the kernels are recorded instead
+    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # on a CPU, in the reverse diffusion only
 
     env_id: str = "HalfCheetah-v4"  # the Gymnasium task
     total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
@@ -222,10 +216,9 @@ def reverse_samples(schedule, a_t, t, uniform, proposal, prediction=None):
     if proposal == "mixture":
         denoised = ((a_t - noise * prediction[:, None]) / signal).clamp(-1, 1)
         mean, std = torch.cat([mean, denoised[:, None]], 1), torch.cat([std, (std**-2 + DENOISED_STD**-2) ** -0.5], 1)
-    # Inversion of Φ within the box. Φ loses its digits near 1: intervals of the upper tail are mirrored into the lower
+    # Inversion of Φ(x) = erfc(-x/√2)/2 in the box. Only its lower tail is exact: intervals of the upper are mirrored
     low, high, upper = (-1 - mean) / std, (1 - mean) / std, mean < 0
     low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
-    # Φ(x) = erfc(-x/√2)/2 is exact in the lower tail, where torch.special.ndtr loses its digits too
     cdf_low, cdf_high = (0.5 * torch.special.erfc(-x / math.sqrt(2)) for x in (low, high))
     mass = (cdf_high - cdf_low).clamp(min=tiny)
     z = torch.special.ndtri(cdf_low + uniform.unflatten(1, (mean.shape[1], -1)) * mass).maximum(low).minimum(high)
@@ -249,12 +242,33 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
+class CudaGraph:
+    """A function of tensors and a generator. On a GPU its third call is recorded; from then on a call launches the same
+    kernels all at once, on copies of its tensors, and overwrites what the call before returned."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *tensors, generator):
+        self.calls += 1
+        if not tensors[0].is_cuda or self.calls < 3:  # the first ones choose kernels and set up optimisers
+            return self.function(*tensors, generator=generator)
+        if self.calls == 3:
+            self.graph, self.tensors = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
+            self.graph.register_generator_state(generator)
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.tensors, generator=generator)
+        torch._foreach_copy_(self.tensors, tensors)
+        self.graph.replay()
+        return self.outputs
+
+
 class Agent(nn.Module):
     """Policy, critics, their moving averages and optimisers. act() takes actions, update() learns from a batch."""
 
     def __init__(self, args, obs_dim, action_dim, device):
         super().__init__()
-        self.args, self.action_dim, self.updates = args, action_dim, 0
+        self.args, self.action_dim, self.updates, on_cpu = args, action_dim, 0, device.type == "cpu"
         self.policy, self.critics = Denoiser(obs_dim, action_dim), MLP(obs_dim, action_dim, 1, ensemble=(2,))
         self.ema_policy, self.target_critics = copy.deepcopy(self.policy), copy.deepcopy(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(INITIAL_ALPHA)))
@@ -262,15 +276,16 @@ class Agent(nn.Module):
         self.register_buffer("q_moments", torch.tensor([0.0, 1.0]))  # mean and deviation of Q, for mirror descent
         self.to(device)
         self.schedule = NoiseSchedule(args.denoising_steps, args.schedule, device)
-        self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True)
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr, fused=True)
+        adam = partial(torch.optim.Adam, fused=True, capturable=not on_cpu)
+        self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
+        self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr, device=device))
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
         self.optimizers = [self.q_optimizer, self.policy_optimizer, self.alpha_optimizer]
-        cpu = torch.cpu.get_capabilities() if device.type == "cpu" and args.bfloat16 else {}
-        self.dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else None
-        if args.compile:
+        self.dtype = torch.bfloat16 if on_cpu and args.bfloat16 else None
+        if args.compile and on_cpu:
             for network in self.children():
                 network.compile(dynamic=True)  # one compilation for all numbers of states
+        self.update_critics, self.update_policy = CudaGraph(self.update_critics), CudaGraph(self.update_policy)
 
     def act(self, obs, generator, explore=True, policy=None):
         """Actions (B, d) of the averaged policy, or of the given one, with exploration noise or without."""
@@ -280,11 +295,25 @@ class Agent(nn.Module):
 
     def update(self, batch, generator):
         """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
-        args, (obs, actions, rewards, next_obs, terminations) = self.args, batch
+        args, (obs, *_, next_obs, _) = self.args, batch
         self.updates += 1
-        alpha = self.log_alpha.detach().exp()
-        std = args.noise_scale * alpha  # of the exploration noise
-        # Critics: mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus
+        metrics, next_actions = self.update_critics(*batch, generator=generator)
+        if self.updates % args.policy_frequency == 0:
+            decay = min(max(self.updates // args.policy_frequency - 25_001, 0) / 50_000, 1)  # 1 at 75k policy updates
+            self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * (1 - 0.9 * decay))
+            metrics = metrics | self.update_policy(obs, next_obs, next_actions, generator=generator)
+        if self.updates % args.alpha_frequency == 0:  # moves the entropy of the exploration noise to its target
+            excess = 0.5 * math.log(2 * math.pi * math.e) + metrics["exploration_std"].log() - TARGET_ENTROPY_PER_DIM
+            gradient_step(self.alpha_optimizer, self.log_alpha * self.action_dim * excess)
+        if self.updates % args.target_network_frequency == 0:
+            with torch.no_grad():  # average ← τ source + (1-τ) average
+                for average, source in [(self.target_critics, self.critics), (self.ema_policy, self.policy)]:
+                    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), args.tau)
+        return metrics
+
+    def update_critics(self, obs, actions, rewards, next_obs, terminations, generator):
+        """Mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus. Returns metrics and a'."""
+        args, alpha = self.args, self.log_alpha.detach().exp()
         next_actions = self.act(next_obs, generator, policy=self.policy)
         with torch.no_grad():
             next_q = min_q(self.target_critics, next_obs, next_actions[:, None])[:, 0]
@@ -292,18 +321,9 @@ class Agent(nn.Module):
         q = self.critics(obs, actions[:, None])[..., 0, 0]
         q_losses = (q - target_q).square().mean(1)
         gradient_step(self.q_optimizer, q_losses.sum())
-        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "alpha": alpha, "exploration_std": std}
-        metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "qf_loss": q_losses.mean()}
-        if self.updates % args.policy_frequency == 0:
-            metrics |= self.update_policy(obs, next_obs, next_actions, generator)
-        if self.updates % args.alpha_frequency == 0:  # moves the entropy of the exploration noise to its target
-            excess = 0.5 * math.log(2 * math.pi * math.e) + std.log() - TARGET_ENTROPY_PER_DIMENSION  # per dimension
-            gradient_step(self.alpha_optimizer, self.log_alpha * self.action_dim * excess)
-        if self.updates % args.target_network_frequency == 0:
-            with torch.no_grad():  # average ← τ source + (1-τ) average
-                for average, source in [(self.target_critics, self.critics), (self.ema_policy, self.policy)]:
-                    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), args.tau)
-        return {name: value.detach() for name, value in metrics.items()}
+        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "qf_loss": q_losses.mean(), "alpha": alpha}
+        metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "exploration_std": args.noise_scale * alpha}
+        return {name: value.detach() for name, value in metrics.items()}, next_actions
 
     def update_policy(self, obs, next_obs, next_actions, generator):
         """Denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ). Returns metrics."""
@@ -338,10 +358,8 @@ class Agent(nn.Module):
             ess = weights.sum().square() / weights.square().sum()
         # With target = Σ w_i ε_i this has the gradient of the RSM loss Σ w_i ‖ε_θ - ε_i‖² with one evaluation of ε_θ
         loss = (weights * (prediction - target).square().sum(1)).mean()
-        decay = (self.updates // args.policy_frequency - 25_001) / 50_000  # from 0 at 25k policy updates to 1 at 75k
-        self.policy_optimizer.param_groups[0]["lr"] = args.policy_lr * (1 - 0.9 * min(max(decay, 0), 1))
         gradient_step(self.policy_optimizer, loss)
-        return {"rsm_loss": loss, "effective_sample_size": ess.mean(), "temperature": temperature}
+        return {"rsm_loss": loss.detach(), "effective_sample_size": ess.mean(), "temperature": temperature}
 
 
 def make_envs(env_id, num_envs, video=None):
@@ -359,9 +377,10 @@ def evaluate(agent, args, device, name=None):
     n, seed, video = args.eval_episodes, args.seed + 1_000_000, Path("videos", name) if args.capture_video else None
     envs, generator = make_envs(args.env_id, n, video), torch.Generator(device).manual_seed(seed)
     obs, _ = envs.reset(seed=seed)
+    act = CudaGraph(partial(agent.act, explore=False))
     returns, lengths, running = np.zeros(n), np.zeros(n), np.ones(n, dtype=bool)
     while running.any():
-        actions = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator, explore=False)
+        actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator=generator)
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         returns += rewards * running
         lengths += running
@@ -390,8 +409,6 @@ def parse(argv=None):
     with one_sentence(f"{source!r} is no run folder or file that this version of {Path(__file__).name} can use:"):
         path = Path(source, "checkpoint.pt") if os.path.isdir(source) else Path(source)
         path = path if args.resume is None else path.with_name("checkpoint.pt")
-        if zipfile.ZipFile(path).testzip():  # compares checksums, which torch.load does not
-            raise ValueError("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True) | {"run_dir": path.resolve().parent}
         defaults = replace(Args(**state["args"]), evaluate=args.evaluate, resume=args.resume)
     return tyro.cli(Args, args=argv, default=defaults), state
@@ -420,32 +437,17 @@ def validate(args):
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
-def set_up_torch(args):
-    """Seeds PyTorch and makes it fast on a CPU. Returns the device."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
-    torch.manual_seed(args.seed)
-    torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, networks run uncompiled
-    cpu = torch.cpu.get_capabilities()
-    if cpu.get("avx512_bw") and not cpu.get("amx_bf16"):  # here "bf16" means oneDNN instead of MKL, still in float32:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # twice as fast on AMD; only AMX would round to bfloat16
-    if sys.platform == "linux":  # malloc keeps what is freed; or else each large tensor is mapped anew, page by page
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-    return device
-
-
 def train(args, agent, buffer, generator, state):
     """The training loop, from the beginning or from a checkpoint: act, learn, store; now and then evaluate and save."""
     device, n, run_dir, evaluations = buffer.rows.device, args.num_envs, state["run_dir"], state["evaluations"]
     step, first_step, last_step = state["step"], state["step"], max(state["step"], args.total_timesteps // n * n)
     eval_frequency = args.eval_frequency or max(args.total_timesteps // 20, n)
-    checkpoint_frequency = args.checkpoint_frequency or eval_frequency
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args.env_id, n))
+    act = CudaGraph(agent.act)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
-    metrics, recent_returns, signals, start_time = {}, deque(maxlen=20), [], time.time() - state["seconds"]
+    metrics, recent_returns, signals, start_time = {}, [], [], time.time() - state["seconds"]
 
     def on_signal(number, _):  # the first signal ends the training after this step, a second one at once
         signals.append(number)
@@ -471,11 +473,11 @@ def train(args, agent, buffer, generator, state):
             for name, value in result.items():
                 writer.add_scalar(f"eval/{name}", value, step)
             evaluations.append([step, agent.updates, *map(float, result.values()), time.time() - start_time])
-            lines = ["global_step,updates," + ",".join(result), *(",".join(map(str, row[:5])) for row in evaluations)]
+            table, header = [row[:5] for row in evaluations], "global_step,updates," + ",".join(result)
             with one_sentence(f"training ends at step {step}:", 1):
-                (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
+                np.savetxt(run_dir / "metrics.csv", table, fmt="%.10g", delimiter=",", header=header, comments="")
             bar.write(REPORT.format(step, *result.values()))
-        if signals or step % checkpoint_frequency < n or step in (first_step, last_step):
+        if signals or step % (args.checkpoint_frequency or eval_frequency) < n or step in (first_step, last_step):
             optimizers = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
             rows = buffer.rows[: buffer.added].clone()  # without the empty ones behind
             progress = {"evaluations": evaluations, "seconds": time.time() - start_time}
@@ -489,7 +491,7 @@ def train(args, agent, buffer, generator, state):
         if step < args.learning_starts:
             actions = 2 * torch.rand(n, agent.action_dim, generator=generator, device=device) - 1
         else:
-            actions = agent.act(to_tensor(obs), generator)
+            actions = act(to_tensor(obs), generator=generator)
         actions_for_envs = actions.cpu().numpy()
         if step >= args.learning_starts:  # before the environments step, so that a GPU works meanwhile
             metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
@@ -507,12 +509,10 @@ def train(args, agent, buffer, generator, state):
         obs = next_obs
         if metrics and agent.updates % 100 == 0:
             for name, value in metrics.items():
-                if not value.isfinite():
-                    sys.exit(f"error: {name} is not finite at step {step}; {run_dir}/checkpoint.pt is from before")
                 writer.add_scalar(f"losses/{name}", value.item(), step)
             sps = int(step / (time.time() - start_time))
             writer.add_scalar("charts/SPS", sps, step)
-            bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns or math.nan))
+            bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns[-20:] or math.nan))
     writer.close()
     save("model.pt")
 
@@ -521,11 +521,13 @@ def main(args, state=None):
     """Trains, goes on with a training, or evaluates a trained policy."""
     warnings.filterwarnings("ignore", message=".*out of date|compiler attribute|.*Overwriting existing videos")
     with one_sentence("cannot start:"):
-        import mujoco  # here, since it fails where MUJOCO_GL asks for what is not there
-
-        mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file into the working folder
+        import_module("mujoco").set_mju_user_warning(warnings.warn)  # no log file. Fails where MUJOCO_GL is wrong
         obs_dim, action_dim = validate(args)
-        device = set_up_torch(args)
+        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
+        torch.manual_seed(args.seed)
+        torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, it runs uncompiled
+        torch._logging.set_logs(dynamo=40)  # errors only: without pages of text on that
         agent, generator = Agent(args, obs_dim, action_dim, device), torch.Generator(device).manual_seed(args.seed)
         if state:
             agent.load_state_dict(state["agent"])
@@ -547,10 +549,9 @@ def main(args, state=None):
             state = {"step": 0, "evaluations": [], "seconds": 0.0, "run_dir": run_dir}
             run_dir.mkdir(parents=True)
         if args.track:
-            import wandb
-
             names = {"name": state["run_dir"].name, "project": args.wandb_project_name, "entity": args.wandb_entity}
-            wandb.init(**names, id=names["name"], resume="allow", config=asdict(args), sync_tensorboard=True)
+            options = {"config": asdict(args), "resume": "allow", "sync_tensorboard": True}
+            import_module("wandb").init(**names, **options, id=names["name"])
     train(args, agent, buffer, generator, state)
 
 

@@ -27,7 +27,8 @@ def refit(run, proposal, m, num_states=48):
     for _ in range(UPDATES if m else 0):
         batch = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
         next_obs = batch[:, -1 - obs.shape[1] : -1]
-        agent.update_policy(next_obs, next_obs, agent.act(next_obs, generator, policy=agent.policy), generator)
+        next_actions = agent.act(next_obs, generator, policy=agent.policy)
+        agent.update_policy(next_obs, next_obs, next_actions, generator=generator)
         agent.q_spread.copy_(spread)
         with torch.no_grad():
             torch._foreach_lerp_(list(agent.ema_policy.parameters()), list(agent.policy.parameters()), args.tau)

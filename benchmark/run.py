@@ -130,7 +130,8 @@ def read_grid(path, into=None):
     for seed in grid["seeds"]:  # seeds outermost, so that an unfinished grid has whole comparisons
         for task, task_flags in grid["tasks"].items():
             for name, setting in grid["settings"].items():
-                script, *flags = shlex.split(f"{setting} {grid['flags']} {task_flags}")
+                script, *flags = shlex.split(setting)
+                flags = shlex.split(f"{grid['flags']} {task_flags}") + flags  # the last one counts
                 if not (ROOT / f"{script}_continuous_action.py").is_file():
                     raise ValueError(f"there is no script {script}")
                 flags = ["--env-id", task, "--seed", str(seed), "--exp-name", name, *flags]

@@ -5,9 +5,9 @@
 Prints tables and writes benchmark/results/speed-<device>.json. Every configuration runs in a process of its own, one
 after the other, with the default algorithm settings and random data of the task's sizes; "plain" is the script in
 eager PyTorch with none of the optimisations, "cleanrl" an eager SAC as CleanRL writes it, with the same networks and
-the same number of gradient steps, "linear 20" SDAC with the authors' noise levels. Times are medians in milliseconds,
-with the quartiles in the JSON. Achieved shares are relative to a matrix product of the shape of a hidden layer,
-(B·K, 256) x (256, 256), in the same process."""
+the same number of gradient steps, "linear 20" SDAC with the authors' noise levels, "malloc" the default with freed
+memory kept by the C library. Times are medians in milliseconds, with the quartiles in the JSON. Achieved shares are
+relative to a matrix product of the shape of a hidden layer, (B·K, 256) x (256, 256), in the same process."""
 
 import argparse
 import importlib
@@ -33,10 +33,12 @@ START = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]
 SIZES = {"HalfCheetah-v4": (17, 6), "Humanoid-v4": (376, 17)}
-CPU_OPTIMISATIONS = ["onednn", "malloc", "fused_adam", "compile", "bfloat16"]
-CUDA_OPTIMISATIONS = ["fused_adam", "compile"]
-# Milliseconds of the authors' JAX code and, beside it on the same machine in the same run, of this script with the same
-# settings (linear 20): 2 cores of an AMD EPYC with AVX-512 and bfloat16, two rounds. Not measured by this file.
+CPU_OPTIMISATIONS = ["fused_adam", "compile"]
+CUDA_OPTIMISATIONS = ["fused_adam", "graphs"]
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # for glibc, not set by the scripts
+# Milliseconds of the authors' JAX code and, beside it on the same machine in the same run, of an earlier version of
+# this script with the same settings (linear 20): 2 cores of an AMD EPYC with AVX-512 and bfloat16, two rounds. Not
+# measured by this file.
 SIDE_BY_SIDE = {
     "HalfCheetah-v4": {"authors update": [1003, 1082], "this script, linear 20": [202, 222], "authors act": [15, 15]},
     "Humanoid-v4": {"authors update": [1205, 1292], "this script, linear 20": [239, 241], "authors act": [17, 21]},
@@ -55,19 +57,20 @@ VARIANTS = {  # configurations that are more than optimisations
 }
 
 
-def plan(cuda):
-    """(script, task, name, optimisations) of every process; for SDAC on HalfCheetah each optimisation alone, too."""
-    every = CUDA_OPTIMISATIONS if cuda else CPU_OPTIMISATIONS
+def plan(cuda, bfloat16):
+    """(script, task, name, optimisations) of every process; on a CPU variants and each optimisation alone, too."""
+    every = CUDA_OPTIMISATIONS if cuda else CPU_OPTIMISATIONS + ["bfloat16"] * bfloat16
     exact = [name for name in every if name != "bfloat16"]
     jobs = []
     for task in SIZES:
         jobs += [("sdac", task, "float32", exact), ("sdac", task, "plain", [])]
-        if "bfloat16" in every:
-            jobs += [("sdac", task, "bfloat16", every)]
-        jobs += [("sdac", task, name, every) for name in VARIANTS]
-        if task == "HalfCheetah-v4":
-            jobs += [("sdac", task, f"only {name}", [name]) for name in every]
-        jobs += [("sac", task, "float32", exact), ("sac", task, "plain", []), ("sac", task, "cleanrl", [])]
+        jobs += [("sac", task, "float32", exact), ("sac", task, "plain", [])]
+        if not cuda:
+            jobs += [("sdac", task, "bfloat16", every)] * bfloat16 + [("sac", task, "cleanrl", [])]
+            jobs += [("sdac", task, "malloc", [*every, "malloc"])]
+            jobs += [("sdac", task, name, every) for name in VARIANTS]
+            if task == "HalfCheetah-v4":
+                jobs += [("sdac", task, f"only {name}", [name]) for name in every]
     return jobs
 
 
@@ -188,16 +191,14 @@ def measure(script, task, name, optimisations, cuda):
     args = module.Args(env_id=task, cuda=cuda, compile="compile" in on)
     if script == "sdac":
         args = replace(args, bfloat16="bfloat16" in on, **VARIANTS.get(name, {}))
-    if "malloc" not in on:
-        module.ctypes = SimpleNamespace(CDLL=lambda _: SimpleNamespace(mallopt=lambda *_: None))
-    if "compile" not in on:
+    if "graphs" not in on:
+        module.CudaGraph = lambda function: function
+    if not on & {"compile", "graphs"}:
         plain_networks(module)
     adam = torch.optim.Adam
     if "fused_adam" not in on:
-        torch.optim.Adam = lambda parameters, lr, fused: adam(parameters, lr)
-    device = module.set_up_torch(args)
-    if "onednn" not in on:
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.optim.Adam = lambda parameters, lr, fused, capturable: adam(parameters, lr, capturable=capturable)
+    device = torch.device("cuda" if cuda else "cpu")
     obs_dim, action_dim = SIZES[task]
     generator = torch.Generator(device).manual_seed(0)
     agent, timer = module.Agent(args, obs_dim, action_dim, device), Timer(device, torch)
@@ -217,7 +218,8 @@ def measure(script, task, name, optimisations, cuda):
     result["update_ms"] = {"median": found["median"] / cycle, "quartiles": [x / cycle for x in found["quartiles"]]}
     if name == "cleanrl":
         return result
-    result["act_ms"] = timer(lambda: agent.act(obs[: args.num_envs], generator, explore=True), 0.5)
+    act = module.CudaGraph(agent.act)
+    result["act_ms"] = timer(lambda: act(obs[: args.num_envs], generator=generator), 0.5)
 
     # Where the time goes, and which share of the speed of a plain matrix product the sampling chain reaches
     if name in ("float32", "bfloat16"):
@@ -236,15 +238,16 @@ def measure(script, task, name, optimisations, cuda):
                     module.rsm_target(eps, module.min_q(agent.critics, obs, a_hat), one, log_ratio)
 
             loss = lambda: agent.policy(obs, batch[1][:, None], t[:, 0]).square().mean()  # noqa: E731
+            chain = module.CudaGraph(partial(agent.act, policy=agent.policy))
             parts = {
-                "policy update": lambda: agent.update_policy(obs, next_obs, batch[1], generator),
-                "sampling chain and choice of particle": lambda: agent.act(obs, generator, policy=agent.policy),
+                "policy update": lambda: agent.update_policy(obs, next_obs, batch[1], generator=generator),
+                "sampling chain and choice of particle": lambda: chain(obs, generator=generator),
                 "of which choice of particle": choose,
                 "reverse samples and their weights": target,
                 "RSM loss and policy step": lambda: module.gradient_step(agent.policy_optimizer, loss()),
             }
         else:
-            parts = {"policy update": lambda: agent.update_policy(obs, agent.log_alpha.detach().exp(), generator)}
+            parts = {"policy update": lambda: agent.update_policy(obs, generator=generator)}
         result["parts_ms"] = {part: timer(function, 0.3)["median"] for part, function in parts.items()}
         if script == "sdac":
             dtype, n = torch.bfloat16 if args.bfloat16 else torch.float32, len(obs) * k
@@ -265,7 +268,7 @@ def measure(script, task, name, optimisations, cuda):
 
         def loop():
             for _ in range(cycle):
-                acts = agent.act(to_tensor(state.obs), generator, explore=True)
+                acts = act(to_tensor(state.obs), generator=generator)
                 for_envs = acts.cpu().numpy()
                 if buffer.added:
                     agent.update(buffer.sample(args.batch_size, generator), generator)
@@ -338,12 +341,12 @@ def main():
     device = torch.cuda.get_device_name() if options.cuda else "cpu"
     results, begin = [], time.time()
     with tempfile.TemporaryDirectory() as cache:  # compiled code is not taken from earlier runs
-        for number, job in enumerate(jobs := plan(options.cuda), 1):
+        has_bfloat16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+        for number, job in enumerate(jobs := plan(options.cuda, has_bfloat16), 1):
             print(f"[{number}/{len(jobs)}] {' '.join(job[:3])}", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, "--measure", json.dumps(job), *["--cuda"] * options.cuda]
-            process = subprocess.run(
-                command, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True
-            )
+            env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache} | (KEEP_MEMORY if "malloc" in job[3] else {})
+            process = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
             if process.returncode:
                 sys.exit(process.returncode)
             results.append(json.loads(process.stdout.splitlines()[-1]))

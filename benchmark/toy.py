@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import sys
 import time
-from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 
@@ -367,8 +366,6 @@ def print_tables(rows):
 
 def set_up():
     torch.set_num_threads(1)  # one process a core
-    with redirect_stdout(None):
-        sdac.set_up_torch(sdac.Args(cuda=False, compile=False))
 
 
 def main():

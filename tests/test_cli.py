@@ -108,7 +108,8 @@ def test_run_writes_its_files(script, trained):
     assert all(3 < row["episodic_return"] / row["episodic_length"] < 7 for row in rows)
     checkpoint, model = (torch.load(trained.run_dir / f"{x}.pt", weights_only=True) for x in ("checkpoint", "model"))
     assert set(model) == {"args", "agent", "updates", "step"} and (model["updates"], model["step"]) == (150, 400)
-    assert [row[:5] for row in checkpoint["evaluations"]] == [list(row.values()) for row in rows]
+    for evaluation, row in zip(checkpoint["evaluations"], rows, strict=True):
+        assert evaluation[:5] == pytest.approx(list(row.values()), rel=1e-9)
     seconds = [0, *(row[5] for row in checkpoint["evaluations"]), checkpoint["seconds"], 300]
     assert seconds == sorted(set(seconds))
 

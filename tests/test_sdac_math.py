@@ -182,7 +182,7 @@ def test_noised_actions_have_the_distribution_of_the_single_steps(kind, num_step
 
     agent.policy.register_forward_pre_hook(stop)  # what it is asked is enough; its answer would take long
     with pytest.raises(RuntimeError) as caught:
-        agent.update_policy(*torch.zeros(2, n * num_steps, 3), torch.full((n * num_steps, 2), a_0), generator)
+        agent.update_policy(*torch.zeros(2, n * num_steps, 3), torch.full((n * num_steps, 2), a_0), generator=generator)
     _, a_t, steps = caught.value.args
     walk = torch.full((2 * n,), a_0, dtype=torch.float64)
     for t, (beta, *_, variance) in enumerate(chain(kind, num_steps)):
@@ -732,7 +732,7 @@ def measure(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sdac, "min_q", lambda critics, obs, actions: q)
             patch.setattr(torch, "randint", lambda *args, **kwargs: torch.tensor(t)[:, None])
-            metrics = agent.update_policy(obs, obs, torch.zeros(len(t), 2), seeded())
+            metrics = agent.update_policy(obs, obs, torch.zeros(len(t), 2), generator=seeded())
         (eps, found, temperature, _), (target, ess) = calls[-1]
         assert found is q and metrics["temperature"].item() == temperature.item()
         return temperature.item(), eps, target, ess
@@ -805,7 +805,7 @@ def test_a_hundred_times_the_q_leaves_relative_weights_as_they_are(monkeypatch, 
         agent.critics.biases[-1].data *= scale
         generator, (obs, actions, _, next_obs, _) = seeded(7), make_batch()
         for _ in range(3):  # the policy learns from its targets, so these are the same three times or not at all
-            results.append(agent.update_policy(obs, next_obs, actions, generator)["temperature"].item())
+            results.append(agent.update_policy(obs, next_obs, actions, generator=generator)["temperature"].item())
     for n in range(3):
         (_, (target, ess)), (_, (large_target, large_ess)) = calls[n], calls[n + 3]
         if temperature == "relative":
@@ -845,7 +845,7 @@ def test_mirror_descent_weights(monkeypatch):
     agent.q_moments.copy_(torch.tensor([1.5, 2.0])), agent.log_alpha.data.fill_(math.log(alpha))
     spy(monkeypatch, "min_q", lambda critics, obs, actions: torch.tensor(values)[:, None])
     calls, (obs, actions, _, next_obs, _) = record(agent.policy), make_batch()
-    agent.update_policy(obs, next_obs, actions, seeded())
+    agent.update_policy(obs, next_obs, actions, generator=seeded())
     weights = weights_of(calls[0][1], 3, seeded())
     mean = 0.999 * 1.5 + 0.001 * statistics.fmean(values)
     std = 0.999 * 2 + 0.001 * statistics.stdev(values)
@@ -931,7 +931,7 @@ def test_policy_learning_rate_is_held_and_then_falls_to_a_tenth(monkeypatch, fre
     rates, step = {}, sdac.gradient_step
 
     def recording_step(optimizer, loss):
-        rates.setdefault(optimizer, []).append(optimizer.param_groups[0]["lr"])
+        rates.setdefault(optimizer, []).append(float(optimizer.param_groups[0]["lr"]))
         step(optimizer, loss)
 
     monkeypatch.setattr(sdac, "gradient_step", recording_step)
