@@ -40,6 +40,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COMPARED = {"cuda", "compile", "bfloat16", "resume"}  # decided by the machine and by interruptions
 NOT_COMPARED |= {"track", "wandb_project_name", "wandb_entity"}  # of no influence on the results
+# glibc keeps freed memory; or else each large tensor is mapped anew, page by page. benchmark/README.md, Speed
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
 def module(name):
@@ -115,7 +117,7 @@ class Run:
             print("\n$", shlex.join(command), file=log, flush=True)
             return subprocess.Popen(
                 command, cwd=self.folder(), stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths},
+                env=KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths},
             )  # fmt: skip
 
 

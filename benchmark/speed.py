@@ -29,13 +29,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from run import KEEP_MEMORY
+
 START = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]
 SIZES = {"HalfCheetah-v4": (17, 6), "Humanoid-v4": (376, 17)}
 CPU_OPTIMISATIONS = ["fused_adam", "compile"]
 CUDA_OPTIMISATIONS = ["fused_adam", "graphs"]
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # for glibc, not set by the scripts
 # Milliseconds of the authors' JAX code and, beside it on the same machine in the same run, of an earlier version of
 # this script with the same settings (linear 20): 2 cores of an AMD EPYC with AVX-512 and bfloat16, two rounds. Not
 # measured by this file.
