@@ -26,6 +26,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read with torch; idle threads soon sleep and let other programs work
 import gymnasium as gym
 import numpy as np
 import torch
@@ -433,9 +434,8 @@ def main(args, state=None):
             state = {"step": 0, "evaluations": [], "seconds": 0.0, "run_dir": run_dir}
             run_dir.mkdir(parents=True)
         if args.track:
-            names = {"name": state["run_dir"].name, "project": args.wandb_project_name, "entity": args.wandb_entity}
-            options = {"config": asdict(args), "resume": "allow", "sync_tensorboard": True}
-            import_module("wandb").init(**names, **options, id=names["name"])
+            run = {"name": state["run_dir"].name, "project": args.wandb_project_name, "entity": args.wandb_entity}
+            import_module("wandb").init(**run, id=run["name"], resume="allow", config=vars(args), sync_tensorboard=True)
     train(args, agent, buffer, generator, state)
 
 
