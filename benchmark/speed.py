@@ -1,6 +1,6 @@
 """Measure the speed of both scripts: one update, one action, the loop, and what each optimisation contributes.
 
-    python benchmark/speed.py [--cuda]        # 7 minutes on a 2-core CPU; leave the machine alone meanwhile
+    python benchmark/speed.py [--cuda]        # 11 minutes on an older 2-core CPU; leave the machine alone meanwhile
 
 Prints tables and writes benchmark/results/speed-<device>.json. Every configuration runs in a process of its own, one
 after the other, with the default algorithm settings and random data of the task's sizes; "plain" is the script in

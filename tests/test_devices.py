@@ -72,12 +72,14 @@ def test_updates_agree_with_eager_on_the_cpu(script, device, noise_from_the_cpu,
 
 
 @needs_cuda
-@pytest.mark.parametrize("script", SMALL)
-@pytest.mark.parametrize("settings", [{}, {"weighting": "mirror-descent"}, {"reverse_proposal": "mixture"}])
+@pytest.mark.parametrize("script, settings", [
+    ("sac_continuous_action", {}),
+    ("sdac_continuous_action", {}),
+    ("sdac_continuous_action", {"reverse_proposal": "truncate"}),
+    ("sdac_continuous_action", {"weighting": "mirror-descent"}),
+])  # fmt: skip
 def test_cuda_graphs_change_nothing(script, settings, monkeypatch):
     """30 updates, with steps of α, and the actions after each are the same bit for bit as kernel by kernel."""
-    if script == "sac_continuous_action":
-        settings = {}
     results = []
     for recorded in (True, False):
         with monkeypatch.context() as patch:
@@ -130,6 +132,14 @@ def test_what_learns_is_float32(monkeypatch):
     assert not any(grad or torch.equal(found, exact) for grad, found, exact in rest)
     state = [*agent.state_dict().values(), *(v for o in agent.optimizers for s in o.state.values() for v in s.values())]
     assert {value.dtype for value in state} == {torch.float32}
+
+
+def test_bfloat16_is_an_option():
+    """--bfloat16 and --no-bfloat16 choose the type of the denoiser's products on a CPU."""
+    module = importlib.import_module("sdac_continuous_action")
+    for wanted, dtype in ((True, torch.bfloat16), (False, None)):
+        args = module.Args(compile=False, bfloat16=wanted)
+        assert module.Agent(args, 7, 3, torch.device("cpu")).dtype is dtype
 
 
 def test_trains_without_a_compiler(script, tmp_path):
