@@ -53,7 +53,7 @@ class Args:
     evaluate: str | None = None  # evaluate the policy of this run folder, model.pt or checkpoint.pt, and end
     resume: str | None = None  # go on with the training of this run folder
     compile: bool = bool(shutil.which("g++"))  # on a CPU: the networks; on a GPU the kernels are recorded instead
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # on a CPU, in the reverse diffusion only
+    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # on such CPUs, in the reverse diffusion
 
     env_id: str = "HalfCheetah-v4"  # the Gymnasium task
     total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
@@ -282,7 +282,7 @@ class Agent(nn.Module):
         self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr, device=device))
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
         self.optimizers = [self.q_optimizer, self.policy_optimizer, self.alpha_optimizer]
-        self.dtype = torch.bfloat16 if on_cpu and args.bfloat16 else None
+        self.dtype = torch.bfloat16 if on_cpu and args.bfloat16 and Args.bfloat16 else None  # wanted, and this CPU can
         if args.compile and on_cpu:
             for network in self.children():
                 network.compile(dynamic=True)  # one compilation for all numbers of states
