@@ -87,7 +87,8 @@ def load(run, num_states, *flags):
 def look_into(run, episodes, num_states=128):
     agent, state, obs, temperature, generator = load(run, num_states, "--no-compile", "--eval-episodes", str(episodes))
     args = agent.args
-    facts = {"step": state["step"], "args": state["args"]} | inspect(agent, obs, temperature, generator)
+    facts = {"step": state["step"], "args": state["args"] | {"resume": None}}
+    facts |= inspect(agent, obs, temperature, generator)
     for args.num_particles in PARTICLES:
         facts[f"evaluation, K = {args.num_particles}"] = sdac.evaluate(agent, args, torch.device("cpu"))
     return facts
@@ -97,11 +98,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
     parser.add_argument("--episodes", type=int, default=20, help="of an evaluation")
+    parser.add_argument("--out", default="policy", metavar="NAME", help="of the file under benchmark/results")
     options = parser.parse_args()
     results = {"machine": {"cpu": cpu_name()}, "versions": versions(), "runs": {}}
     for run in options.runs:
         facts = look_into(run, options.episodes)
         results["runs"][run.resolve().name.rpartition("__")[0]] = facts
         print(run.resolve().name, json.dumps(facts | {"args": None}, indent=1, default=float), sep="\n")
-        path = ROOT / "benchmark" / "results" / "policy.json"
+        path = ROOT / "benchmark" / "results" / f"{options.out}.json"
         path.write_text(json.dumps(results, indent=1, default=float) + "\n")

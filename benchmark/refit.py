@@ -39,11 +39,13 @@ def refit(run, proposal, m, num_states=48):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
+    parser.add_argument("--out", default="refit", metavar="NAME", help="of the file under benchmark/results")
+    options = parser.parse_args()
     results = {"machine": {"cpu": cpu_name()}, "versions": versions(), "updates": UPDATES, "batch": BATCH, "runs": {}}
-    for run in parser.parse_args().runs:
+    for run in options.runs:
         found = results["runs"][run.resolve().name.rpartition("__")[0]] = []
         for variant in VARIANTS:
             found.append(refit(run, *variant))
             print(run.name, json.dumps(found[-1]))
-            path = ROOT / "benchmark" / "results" / "refit.json"
+            path = ROOT / "benchmark" / "results" / f"{options.out}.json"
             path.write_text(json.dumps(results, indent=1) + "\n")

@@ -632,9 +632,10 @@ def test_metropolis_samples_a_known_density(policy):
         assert stats.kstest(x, exact.cdf).statistic < 0.016  # p < 1e-4 for 20,000 independent samples
 
 
-def test_readme_has_the_figures_of_the_policies():
+@pytest.mark.parametrize("file", ["policy.json", "policy-humanoid.json"])
+def test_readme_has_the_figures_of_the_policies(file):
     lines = (ROOT / "benchmark/README.md").read_text().splitlines()
-    for name, facts in json.loads((ROOT / "benchmark/results/policy.json").read_text())["runs"].items():
+    for name, facts in json.loads((ROOT / "benchmark/results" / file).read_text())["runs"].items():
         levels, beyond, others = facts["Q"], "components beyond 0.9", ", exp(Q/λ)"
         row = [f"{x:.2f}" for x in (facts["lambda"], levels["exp(Q/λ)"], levels["best of 1"], levels["maximum"])]
         row += [f"{facts[beyond + others]:.0%}, {facts[beyond]:.0%}"]
@@ -642,9 +643,10 @@ def test_readme_has_the_figures_of_the_policies():
         assert f"| `{name.split('__')[1]}` | {' | '.join(row)} |" in lines
 
 
-def test_readme_has_the_figures_of_the_refits():
+@pytest.mark.parametrize("file", ["refit.json", "refit-humanoid.json"])
+def test_readme_has_the_figures_of_the_refits(file):
     text = (ROOT / "benchmark/README.md").read_text()
-    (refits,) = json.loads((ROOT / "benchmark/results/refit.json").read_text())["runs"].values()
+    (refits,) = json.loads((ROOT / "benchmark/results" / file).read_text())["runs"].values()
     rows = []
     for facts in refits:
         name, m = (f"`{facts['proposal']}`", facts["M"]) if facts["M"] else ("as it is", "")
