@@ -1,4 +1,4 @@
-"""benchmark/run.py, record.py, plot.py, policy.py: interrupted grids, a lost Ray worker, intervals, tables."""
+"""benchmark/run.py, record.py, plot.py, policy.py, values.py: interrupted grids, intervals, tables."""
 
 import csv
 import hashlib
@@ -682,3 +682,40 @@ def test_figures_of_a_policy_by_hand(policy):
     expected = sum(g * (1 / math.tanh(g / 0.1) - 0.1 / g) for g in (1, 3))
     assert levels["exp(Q/λ)"] == pytest.approx(expected / math.sqrt(10 / 3), rel=0.02)
     assert facts["std of actions"] < 1e-3 and facts["components beyond 0.9"] == 0
+
+
+def test_values_are_those_of_the_first_episodes(monkeypatch, module, small_args, scripted):
+    """Q belongs to the state before the step, rewards are scaled, and what follows an ended episode is left out."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    values = importlib.import_module("values")
+    monkeypatch.setattr(values, "HORIZON", 2)
+    monkeypatch.setattr(module, "min_q", lambda critics, obs, actions: 1000 * obs[:, :1] + obs[:, 1:2] + obs[:, 2:])
+    scripted.plan = [[(3, "terminated"), (9, "terminated")], [(6, "truncated")], [(1, "truncated")]]
+    args = small_args(env_id="Scripted-v0")
+    agent = module.Agent(args, 3, 2, torch.device("cpu"))
+    episodes = values.play(args, agent, 3)
+    assert [(q.tolist(), ended) for q, _, ended in episodes] == [
+        ([0, 1, 2], True),
+        ([1000, 1001, 1002, 1003, 1004, 1005], False),
+        ([2000], False),
+    ]
+    # a sum for each pair; the last Q stands for the last pair of a truncated episode and what follows it
+    expected = []
+    for (q, rewards, ended), kept in zip(episodes, (3, 4, 0), strict=True):
+        i, last = len(expected), len(q) if ended else len(q) - 1
+        np.testing.assert_allclose(rewards, args.reward_scale * (10 * i + 1 + np.arange(len(q))))
+        sums = [sum(0.9 ** (k - j) * rewards[k] for k in range(j, last)) for j in range(kept)]
+        expected.append([x + (0 if ended else 0.9 ** (last - j) * q[-1]) for j, x in enumerate(sums)])
+    for episode, sums in zip(episodes, expected, strict=True):
+        q, earned = values.earned(*episode, 0.9)
+        np.testing.assert_allclose(earned, sums)
+        np.testing.assert_array_equal(q, episode[0][: len(sums)])
+
+
+def test_readme_has_the_figures_of_the_values():
+    text = (ROOT / "benchmark/README.md").read_text()
+    for name, facts in json.loads((ROOT / "benchmark/results/values.json").read_text())["runs"].items():
+        task, setting, seed = name.split("__")
+        row = [task, f"`{setting}`", seed, *(f"{facts[x]:.1f}" for x in ("Q", "earned"))]
+        row += [f"{facts['relative error']:.0%}", f"{facts['correlation']:.2f}"]
+        assert f"| {' | '.join(row)} |" in text.replace("−", "-")
