@@ -9,32 +9,30 @@ than γ^HORIZON (1.8%) of it, are left out. Not for SAC, whose Q has an entropy 
 
 import argparse
 import json
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from film import ROOT, load
+from policy import ROOT, load, sdac
 from speed import cpu_name, versions
 
 HORIZON = 400
 
 
-def play(args, agent, num_episodes, seed=1):
+def play(agent, num_episodes, seed=1):
     """One episode an environment: a list of Q (L,), scaled rewards (L,) and whether it has terminated."""
-    script, generator = sys.modules[type(agent).__module__], torch.Generator().manual_seed(seed)
-    envs = script.make_envs(args.env_id, num_episodes)
+    envs, generator = sdac.make_envs(agent.args.env_id, num_episodes), torch.Generator().manual_seed(seed)
     (obs, _), episodes, ended = envs.reset(seed=seed), [([], []) for _ in range(num_episodes)], {}
     while len(ended) < num_episodes:
         obs = torch.as_tensor(obs, dtype=torch.float32)
         actions = agent.act(obs, generator, explore=False)
         with torch.no_grad():
-            q = script.min_q(agent.critics, obs, actions[:, None])[:, 0]
+            q = sdac.min_q(agent.critics, obs, actions[:, None])[:, 0]
         obs, rewards, terminations, truncations, _ = envs.step(actions.numpy())
         for i in set(range(num_episodes)) - set(ended):
             episodes[i][0].append(q[i].item())
-            episodes[i][1].append(args.reward_scale * rewards[i])
+            episodes[i][1].append(agent.args.reward_scale * rewards[i])
             if terminations[i] or truncations[i]:
                 ended[i] = bool(terminations[i])
     envs.close()
@@ -58,8 +56,8 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*out of date")
     results = {"machine": {"cpu": cpu_name()}, "versions": versions(), "episodes": options.episodes, "runs": {}}
     for run in options.runs:
-        args, agent = load(run)
-        episodes = play(args, agent, options.episodes)
+        agent, *_ = load(run, 1, "--no-compile")
+        args, episodes = agent.args, play(agent, options.episodes)
         q, values = (np.concatenate(x) for x in zip(*(earned(*e, args.gamma) for e in episodes), strict=True))
         facts = {"Q": q.mean(), "earned": values.mean(), "relative error": (q - values).mean() / abs(values.mean())}
         facts |= {"correlation": np.corrcoef(q, values)[0, 1], "pairs": len(q)}
