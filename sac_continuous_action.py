@@ -411,6 +411,7 @@ def main(args, state=None):
         device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
         torch.manual_seed(args.seed)
+        torch.set_flush_denormal(True)  # CPUs compute with numbers like mish(-95) many times more slowly
         torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, it runs uncompiled
         torch._logging.set_logs(dynamo=40)  # errors only: without pages of text on that
         agent, generator = Agent(args, obs_dim, action_dim, device), torch.Generator(device).manual_seed(args.seed)

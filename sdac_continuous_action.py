@@ -328,7 +328,7 @@ class Agent(nn.Module):
 
     def update_policy(self, obs, next_obs, next_actions, generator):
         """Denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ). Returns metrics."""
-        args = self.args
+        args, m = self.args, self.args.num_reverse_samples
         t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
         eps = torch.randn(next_actions.shape, generator=generator, device=obs.device)
         at_next = args.anchor == "next" or args.weighting == "mirror-descent"
@@ -336,8 +336,7 @@ class Agent(nn.Module):
         a_t = self.schedule.signal[t] * a_0 + self.schedule.noise[t] * eps
         prediction = self.policy(obs, a_t[:, None], t[:, 0])[:, 0]
         if args.weighting == "max-entropy":
-            shape = (len(obs), args.num_reverse_samples, self.action_dim)
-            uniform = torch.rand(shape, generator=generator, device=obs.device)
+            uniform = torch.rand(len(obs), m, self.action_dim, generator=generator, device=obs.device)
             proposal, temperature = args.reverse_proposal, args.temperature_scale * self.log_alpha.detach().exp()
             with torch.no_grad():
                 eps, a_hat, log_ratio = reverse_samples(self.schedule, a_t, t, uniform, proposal, prediction)
@@ -527,6 +526,7 @@ def main(args, state=None):
         device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
         torch.manual_seed(args.seed)
+        torch.set_flush_denormal(True)  # CPUs compute with numbers like mish(-95) many times more slowly
         torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, it runs uncompiled
         torch._logging.set_logs(dynamo=40)  # errors only: without pages of text on that
         agent, generator = Agent(args, obs_dim, action_dim, device), torch.Generator(device).manual_seed(args.seed)

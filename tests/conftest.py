@@ -24,6 +24,7 @@ SMALL = {
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses; as many threads here, so that sums have the same order
 torch.set_num_threads(1)
+torch.set_flush_denormal(True)  # as in the scripts
 mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file
 
 

@@ -1,12 +1,15 @@
 """torch.compile and CUDA compute what eager PyTorch computes on the CPU, from the same noise; bfloat16; compilers."""
 
 import importlib
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import small_flags, start_process
+from conftest import ROOT, small_flags, start_process
 
 SMALL = {
     "sdac_continuous_action": {"denoising_steps": 5, "num_particles": 4, "num_reverse_samples": 8, "bfloat16": False},
@@ -142,6 +145,18 @@ def test_bfloat16_is_an_option(monkeypatch):
         monkeypatch.setattr(module.Args, "bfloat16", able)
         args = module.Args(compile=False, bfloat16=wanted)
         assert module.Agent(args, 7, 3, torch.device("cpu")).dtype is dtype
+
+
+def test_subnormal_numbers_are_zero(script, tmp_path):
+    """In both threads, or else networks with large activations, as on Humanoid-v4, slow down several times."""
+    flags = ["--env-id", "InvertedPendulum-v4", "--learning-starts", 50, "--total-timesteps", 60, *small_flags(script)]
+    count = "print((torch.full(({},), 1e-38) / 10).count_nonzero().item())"
+    code = f"import {script} as script, sys, torch; {count.format(10)}"
+    code += f"; script.main(*script.parse(sys.argv[1:])); {count.format(10**6)}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert (out.splitlines()[0], out.splitlines()[-1]) == ("10", "0")
 
 
 def test_trains_without_a_compiler(script, tmp_path):
