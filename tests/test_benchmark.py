@@ -280,7 +280,8 @@ def test_tasks_with_slash_and_colon(one_run):
         assert json.loads(path.read_text())["args"]["env_id"] == f"{name}:ns/{name}-v0"
 
 
-PARTS = {"temperature": "full", "gpu": "full"}  # folders of results with a part of the runs of a grid
+# folders of results with a part of the runs of a grid
+PARTS = {"temperature": "full", "gpu": "full", "per-step": "full"}
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "benchmark").glob("*.toml")])
