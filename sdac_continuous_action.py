@@ -1,240 +1,290 @@
-"""Soft Diffusion Actor-Critic (SDAC): online reinforcement learning with a diffusion policy, in one file.
+"""Soft Diffusion Actor-Critic (SDAC) in one file: reinforcement learning with a diffusion policy.
 
-The policy is a diffusion model of π(a|s) ∝ exp(Q(s, a) / λ). It is trained by reweighted score matching (RSM),
-which needs the critic Q and nothing else: no sample of π, no gradient through the sampling chain.
+The policy network predicts E[ε | a_t, s], the mean of the noise ε in a noised action a_t. Whoever
+can predict it can remove it, and so turn noise into samples of π(a|s) ∝ exp(Q(s, a) / λ) in T
+steps. Reweighted score matching (RSM) computes that mean from the critic Q alone. It needs no
+sample of π, since a_t may come from any action, and no gradient through the sampling chain.
 
-    python sdac_continuous_action.py --env-id Humanoid-v4 --cuda     # train; curves: tensorboard --logdir runs
-    python sdac_continuous_action.py --evaluate runs/<run name> --capture-video
+    python sdac_continuous_action.py --env-id Humanoid-v4
+    python sdac_continuous_action.py --evaluate runs/<run> --capture-video
+    python sdac_continuous_action.py --resume runs/<run>
 
-Paper: Ma, Chen, Wang, Li, Dai, "Efficient Online Reinforcement Learning for Diffusion Policy", ICML 2025,
-arXiv 2502.00361. The same file with a Gaussian policy is sac_continuous_action.py: diff the two.
-Notation: s observation, a action in [-1, 1]^d, ε standard normal noise, a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action.
-Shapes:   B batch, d action dimension, T denoising steps, K particles, M reverse samples, N actions per state."""
+Paper: Ma et al., "Efficient Online Reinforcement Learning for Diffusion Policy", arXiv 2502.00361.
+Notation: s is an observation, a an action in [-1, 1]^d, ε standard normal noise, and
+a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action, where t = 0..T-1 is a level of noise, never a time.
+A batch has B states. Particles are the actions that the policy proposes, K per state; reverse
+samples are guesses â of the action a_0 behind one a_t, M per state.
+Where the defaults differ from the paper (--published returns to it): the T = 6 noise levels are
+even in log(noise/signal); reverse samples are truncated, not clipped, to the box of actions; λ is
+in units of the spread of Q; all learning rates fall linearly to 0.
+"""
 
 import copy
-import itertools
 import math
-import os
-import shutil
+import re
 import signal
 import sys
+import threading
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read with torch; idle threads soon sleep and let other programs work
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-INITIAL_ALPHA, TARGET_ENTROPY_PER_DIM = 5.0, -0.9  # α starts at 5 and moves the exploration noise to this entropy
-REPORT = "evaluation at step {}: return {:.1f} +/- {:.1f}, length {:.0f}"
-DENOISED_STD = 0.5  # --reverse-proposal mixture: deviation around the denoised action where the noise tells nothing
+PUBLISHED = {  # Defaults with --published.
+    "denoising_steps": 20,
+    "num_particles": 32,
+    "num_reverse_samples": 64,
+    "policy_lr": 3e-4,
+    "q_lr": 3e-4,
+    "tau": 0.005,
+    "noise_decay": 27_500,
+    "learning_starts": 30_000,
+}
 
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem  # the name of this experiment
-    seed: int = 1  # seed of the networks, the sampling and the environments
-    cuda: bool = True  # train on the GPU if there is one
-    track: bool = False  # also log to Weights & Biases
-    wandb_project_name: str = "sdac"  # the W&B project
-    wandb_entity: str | None = None  # the W&B team
-    capture_video: bool = False  # record the first episode of every evaluation under videos/{run name}
-    evaluate: str | None = None  # evaluate the policy of this run folder, model.pt or checkpoint.pt, and end
-    resume: str | None = None  # go on with the training of this run folder
-    compile: bool = bool(shutil.which("g++"))  # on a CPU: the networks; on a GPU the kernels are recorded instead
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # on such CPUs, in the reverse diffusion
+    exp_name: str = Path(__file__).stem  # in the run folder's name
+    seed: int = 1  # of all random numbers
+    cuda: bool = True  # use a GPU if there is one
+    compile: bool = True  # compile networks on a CPU
+    track: bool = False  # log to Weights & Biases, too
+    capture_video: bool = False  # film evaluations, into the run folder
+    evaluate: str | None = None  # run folder of a policy to evaluate
+    resume: str | None = None  # run folder of a training to go on with
 
-    env_id: str = "HalfCheetah-v4"  # the Gymnasium task
-    total_timesteps: int = 1_000_000  # environment steps, all environments and the warm-up counted
-    num_envs: int = 5  # environments in parallel; one update follows each vector step
-    buffer_size: int = 1_000_000  # transitions in the replay buffer
-    learning_starts: int | None = None  # warm-up: steps of uniformly random actions (default: 30,000 or a tenth of all)
-    eval_frequency: int | None = None  # environment steps between evaluations (default: 20 evaluations a run)
-    eval_episodes: int = 20  # episodes of an evaluation
-    checkpoint_frequency: int | None = None  # steps between checkpoints, where episodes begin anew (default: as above)
+    env_id: str = "HalfCheetah-v4"  # Gymnasium task
+    total_timesteps: int = 1_000_000  # steps, summed over the environments
+    num_envs: int = 5  # environments; each of their steps is followed by one update
+    buffer_size: int = 1_000_000  # transitions to keep
+    learning_starts: int = 10_000  # steps with random actions
+    eval_frequency: int = 20_000  # steps between evaluations
+    eval_episodes: int = 10
 
-    gamma: float = 0.99  # discount factor γ
-    tau: float = 0.005  # rate of the moving averages of networks
-    batch_size: int = 256  # transitions in an update
-    policy_lr: float = 3e-4  # learning rate of the policy, before its decay
-    q_lr: float = 3e-4  # learning rate of the critics
-    policy_frequency: int = 2  # updates per policy update
-    target_network_frequency: int = 2  # updates per step of the moving averages
-    reward_scale: float = 0.2  # rewards are multiplied by this before they reach the critics
-    alpha_lr: float = 7e-3  # learning rate of log α
-    alpha_frequency: int = 250  # updates per step of log α
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.01  # rate of the moving averages
+    batch_size: int = 256  # transitions
+    policy_lr: float = 1e-3  # learning rate; falls linearly to 0
+    q_lr: float = 1e-3  # the same for the critics
+    policy_frequency: int = 2  # critic updates per policy update
+    reward_scale: float = 0.2  # factor of rewards
+    noise_start: float = 0.5  # standard deviation of the exploration noise
+    noise_end: float = 0.1  # what it falls to, exponentially
+    noise_decay: float = 5_000  # time constant of that, in updates
 
-    denoising_steps: int = 6  # T, steps of the diffusion
-    schedule: Literal["log-snr", "linear"] = "log-snr"  # noise levels even in log(signal/noise), or β linear in t
-    num_particles: int = 32  # K, actions sampled for each state, of which the best is taken
-    num_reverse_samples: int = 64  # M, reverse samples in the RSM loss
-    reverse_proposal: Literal["truncate", "mixture", "clip"] = "mixture"  # what reverse samples are drawn from
-    anchor: Literal["current", "next"] = "current"  # the loss at (s, a_0), or at (s', a') of the critic's target
-    weighting: Literal["max-entropy", "mirror-descent"] = "max-entropy"  # the target: exp(Q/λ) or π·exp(Q/λ)
-    temperature: Literal["relative", "fixed"] = "relative"  # λ with or without the spread of Q over the box as unit
-    temperature_scale: float = 0.0125  # λ / α, in that unit; smaller is greedier
-    noise_scale: float = 0.1  # standard deviation of the exploration noise, in units of α
+    published: bool = False  # the paper's algorithm and sizes
+    mirror_descent: bool = False  # learn pi_old exp(Q/lambda) (DPMD) and not exp(Q/lambda)
+    denoising_steps: int = 6  # noise levels (T)
+    num_particles: int = 4  # proposed actions per state (K); that with the largest Q is taken
+    num_reverse_samples: int = 16  # guesses of the action behind a noised action (M)
+    temperature: float = 0.01  # lambda in units of the spread of Q; not with --published
 
-    def __post_init__(self):
-        if self.learning_starts is None:
-            self.learning_starts = min(30_000, max(self.total_timesteps // 10, self.batch_size))
+    def check(self):
+        limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1), "denoising_steps": (2, 1000)}
+        limits["total_timesteps"] = (self.learning_starts + 1, 10**12)
+        for name, value in vars(self).items():
+            low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
+            if type(value) in (int, float) and not low <= value <= high:
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{flag} is {value}; it must be from {low} to {high}")
 
 
-class NoiseSchedule:
-    """Variance-preserving diffusion (DDPM: Ho et al., 2020) as tables over t = 0..T-1: signal √ᾱ_t, noise √(1-ᾱ_t), and
-    q(a_{t-1} | a_t, a_0) = N(posterior_a0 a_0 + posterior_at a_t, posterior_std² I). "log-snr": noise/signal grows from
-    0.05 to 4 by a constant factor, sampling starts from N(0, I). "linear": β is linear, the start 0.5 N(0, I)."""
-
-    def __init__(self, num_steps, kind, device=None, dtype=torch.float32):
-        self.num_steps, self.initial_std = num_steps, 0.5 if kind == "linear" else 1.0
-        if kind == "linear":
-            alpha_bar = torch.cumprod(1 - 0.8 * torch.linspace(1e-4, 0.999, num_steps, dtype=torch.float64), 0)
-        else:
-            ratio = torch.logspace(math.log10(4), math.log10(0.05), num_steps, dtype=torch.float64).flip(0)
-            alpha_bar = 1 / (1 + ratio**2)
-        previous = nn.functional.pad(alpha_bar[:-1], (1, 0), value=1.0)  # ᾱ_{t-1}
-        beta = 1 - alpha_bar / previous
-        self.signal = alpha_bar.sqrt().to(device, dtype)
-        self.noise = (1 - alpha_bar).sqrt().to(device, dtype)
-        self.posterior_a0 = (previous.sqrt() * beta / (1 - alpha_bar)).to(device, dtype)
-        self.posterior_at = ((1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)).to(device, dtype)
-        self.posterior_std = (beta * (1 - previous) / (1 - alpha_bar)).sqrt().to(device, dtype)
-
-
+# ---- Networks
 def mish(x):
-    """x·tanh(softplus(x)). Compiled, it is written with one exponential, w = exp(x): x·n/(n+2), n = w(w+2)."""
+    """x·tanh(softplus(x)), written with a single exponential for the compiler."""
     if not torch.compiler.is_compiling():
-        return nn.functional.mish(x)
+        return F.mish(x)
     w = x.clamp(max=20).exp()
     n = w * (w + 2)
     return x * n / (n + 2)
 
 
 class MLP(nn.Module):
-    """A network of context and action, or an ensemble. The first layer is split: the context's term is per state."""
+    """A network of a context, one per state, and of N actions in that state."""
 
-    def __init__(self, context_dim, action_dim, output_dim, ensemble=(), hidden_dim=256):
+    def __init__(self, context_dim, action_dim, output_dim):
         super().__init__()
-        self.inputs, self.weights, self.biases = [context_dim, action_dim], nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in itertools.pairwise([context_dim + action_dim, *[hidden_dim] * 3, output_dim]):
-            self.weights.append(torch.empty(*ensemble, fan_in, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-            self.biases.append(torch.empty(*ensemble, 1, fan_out).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+        self.dims = [context_dim, action_dim]
+        self.input_layer = nn.Linear(context_dim + action_dim, 256)
+        self.hidden_layers = nn.ModuleList([nn.Linear(256, 256), nn.Linear(256, 256)])
+        self.output_layer = nn.Linear(256, output_dim)
 
-    def forward(self, context, actions, dtype=None):
-        """Context (B, c), actions (B, N, d) -> (*ensemble, B, N, output_dim). dtype is that of products per action."""
-        context_weight, action_weight = self.weights[0].split(self.inputs, dim=-2)
-        context = context @ context_weight + self.biases[0]
-        h = (actions.flatten(0, 1).to(dtype) @ action_weight.to(dtype)).unflatten(-2, actions.shape[:2])
-        h = mish(context[..., None, :] + h).flatten(-3, -2)
-        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
-            h = mish(h.to(dtype) @ weight.to(dtype) + bias)
-        return (h.to(dtype) @ self.weights[-1].to(dtype) + self.biases[-1]).unflatten(-2, actions.shape[:2])
+    def forward(self, context, actions):
+        """context (B, c), actions (B, N, d) -> (B, N, output_dim)"""
+        # The first layer is split, so that it meets each context once and not N times.
+        context_weight, action_weight = self.input_layer.weight.split(self.dims, dim=1)
+        context = F.linear(context, context_weight, self.input_layer.bias)
+        h = mish(context[:, None] + F.linear(actions, action_weight))
+        for layer in self.hidden_layers:
+            h = mish(layer(h))
+        return self.output_layer(h)
 
 
 class Denoiser(nn.Module):
-    def __init__(self, obs_dim, action_dim, hidden_dim=256, time_dim=16):
+    """ε_θ(s, a_t, t), the prediction of the noise in a_t."""
+
+    def __init__(self, obs_dim, action_dim):
         super().__init__()
-        self.action_dim, self.time_dim = action_dim, time_dim
-        self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
-        self.mlp = MLP(obs_dim + time_dim, action_dim, action_dim, hidden_dim=hidden_dim)
+        self.time_mlp = nn.Sequential(nn.Linear(16, 32), nn.Mish(), nn.Linear(32, 16))
+        self.mlp = MLP(obs_dim + 16, action_dim, action_dim)
 
-    def forward(self, obs, a_t, t, dtype=None):
-        """ε_θ(s, a_t, t) (B, N, d) of N actions in each of B states: obs (B, obs_dim), a_t (B, N, d), t () or (B,)."""
-        angles = t[..., None] * 10_000 ** (-2 / self.time_dim * torch.arange(self.time_dim // 2, device=t.device))
-        embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).to(obs.dtype)  # the authors divide it by 4
-        time_features = self.time_mlp(embedding).expand(len(obs), self.time_dim)
-        return self.mlp(torch.cat([obs, time_features], dim=1), a_t, dtype)
-
-
-def min_q(critics, obs, actions):
-    """min_j Q_j(s, a) (B, N) of N actions in each of B states: obs (B, obs_dim), actions (B, N, d)."""
-    return critics(obs, actions).amin(0)[..., 0]
+    def forward(self, obs, a_t, t):
+        """obs (B, obs_dim), a_t (B, N, d), t () or (B,) -> (B, N, d)"""
+        angles = t[..., None] * 10_000 ** (-torch.arange(8) / 8)
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).to(obs.dtype)
+        time_features = self.time_mlp(embedding).expand(len(obs), 16)
+        return self.mlp(torch.cat([obs, time_features], dim=1), a_t)
 
 
+class Critics(nn.Module):
+    """Two networks Q_1 and Q_2, whose minimum is less optimistic than either."""
+
+    def __init__(self, obs_dim, action_dim):
+        super().__init__()
+        self.q1 = MLP(obs_dim, action_dim, 1)
+        self.q2 = MLP(obs_dim, action_dim, 1)
+
+    def forward(self, obs, actions):
+        """obs (B, obs_dim), actions (B, N, d) -> Q_1 and Q_2 (2, B, N)"""
+        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)])[..., 0]
+
+    def minimum(self, obs, actions):
+        return self(obs, actions).amin(0)
+
+
+# ---- Replay buffer
 class ReplayBuffer:
-    """The last `size` transitions, one row each: a batch is one indexing operation."""
+    """The last `size` transitions, one per row: a batch is one indexing operation."""
 
-    def __init__(self, size, obs_dim, action_dim, device):
-        self.widths, self.added = [obs_dim, action_dim, 1, obs_dim, 1], 0
-        self.rows = torch.empty(size, sum(self.widths), device=device)
+    def __init__(self, size, obs_dim, action_dim):
+        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = torch.empty(size, sum(self.widths))
+        self.added = 0
 
     def add(self, obs, actions, rewards, next_obs, terminations):
-        """Append N transitions in ring order: obs, next_obs (N, obs_dim), actions (N, d), the others (N,)."""
         rows = torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None]], dim=1)
-        self.rows[(self.added + torch.arange(len(rows), device=rows.device)) % len(self.rows)] = rows
+        i = (self.added + torch.arange(len(rows))) % len(self.rows)
+        self.rows[i] = rows
         self.added += len(rows)
 
-    def sample(self, batch_size, generator):
-        """obs, actions, rewards, next_obs, terminations, drawn uniformly with replacement."""
-        i = torch.randint(min(self.added, len(self.rows)), (batch_size,), generator=generator, device=self.rows.device)
+    def sample(self, batch_size):
+        """Return what was added, drawn uniformly with replacement."""
+        i = torch.randint(min(self.added, len(self.rows)), (batch_size,))
         obs, actions, rewards, next_obs, terminations = self.rows[i].split(self.widths, dim=1)
         return obs, actions, rewards[:, 0], next_obs, terminations[:, 0]
 
 
+# ---- Diffusion
+class NoiseSchedule:
+    """The noise levels of the diffusion (DDPM: Ho et al., 2020), as tables over t = 0..T-1."""
+
+    def __init__(self, num_steps, published):
+        if published:  # β is linear in t.
+            self.initial_std = 0.5  # The authors start the sampling from less noise than 1.
+            beta = 0.8 * torch.linspace(1e-4, 0.999, num_steps, dtype=torch.float64)
+            alpha_bar = torch.cumprod(1 - beta, dim=0)
+        else:  # The ratio of noise to signal grows from 0.05 to 4 by a constant factor.
+            self.initial_std = 1.0
+            log_ratio = torch.linspace(math.log(0.05), math.log(4), num_steps, dtype=torch.float64)
+            alpha_bar = 1 / (1 + log_ratio.exp().square())
+        previous = F.pad(alpha_bar[:-1], (1, 0), value=1.0)  # ᾱ_{t-1}
+        beta = 1 - alpha_bar / previous
+
+        # a_t = signal[t] a_0 + noise[t] ε
+        self.signal = alpha_bar.sqrt().float()
+        self.noise = (1 - alpha_bar).sqrt().float()
+
+        # q(a_{t-1} | a_t, a_0) = N(posterior_a0[t] a_0 + posterior_at[t] a_t, posterior_std[t]² I)
+        self.posterior_a0 = (previous.sqrt() * beta / (1 - alpha_bar)).float()
+        self.posterior_at = ((1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)).float()
+        self.posterior_std = (beta * (1 - previous) / (1 - alpha_bar)).sqrt().float()
+
+
 @torch.no_grad()
-def sample_actions(denoiser, critics, schedule, obs, num_particles, generator, exploration_std=None, dtype=None):
-    """Reverse diffusion with K particles per state; the particle with the largest min_j Q_j wins. obs (B, obs_dim) ->
-    actions (B, d) in [-1, 1], with exploration_std · N(0, I) if given. dtype is that of the denoiser's products."""
-    shape = (len(obs), num_particles, denoiser.action_dim)
-    randn = partial(torch.randn, generator=generator, device=obs.device, dtype=obs.dtype)
-    a_t = schedule.initial_std * randn(shape)
-    for t in reversed(range(schedule.num_steps)):
-        eps = denoiser(obs, a_t, torch.full((), t, device=obs.device), dtype)
+def sample_actions(denoiser, critics, schedule, obs, shape):
+    """Denoise K particles per state, and return the one with the largest min_j Q_j.
+    obs (B, obs_dim), shape (B, K, d) -> actions (B, d) in [-1, 1]"""
+    a_t = schedule.initial_std * torch.randn(shape)
+    for t in reversed(range(len(schedule.signal))):
+        eps = denoiser(obs, a_t, torch.full((), t))
         a_0 = ((a_t - schedule.noise[t] * eps) / schedule.signal[t]).clamp(-1, 1)
         a_t = schedule.posterior_a0[t] * a_0 + schedule.posterior_at[t] * a_t
         if t > 0:
-            a_t = a_t + schedule.posterior_std[t] * randn(shape)
-    actions = a_t[torch.arange(len(obs), device=obs.device), min_q(critics, obs, a_t).argmax(1)]
-    if exploration_std is not None:
-        actions = actions + exploration_std * randn(actions.shape)
-    return actions.clamp(-1, 1)  # the authors leave the noisy action unclipped
+            a_t = a_t + schedule.posterior_std[t] * torch.randn(shape)
+
+    best = critics.minimum(obs, a_t).argmax(1)
+    return a_t[torch.arange(len(obs)), best]
 
 
-def reverse_samples(schedule, a_t, t, uniform, proposal, prediction=None):
-    """Samples from which p(a_0 | a_t) ∝ exp(Q/λ) φ(a_0 | a_t) can be had, φ = N(a_t/√ᾱ_t, (1-ᾱ_t)/ᾱ_t I) in the box.
-
-    a_t and ε_θ(s, a_t, t) (B, d), t (B, 1), uniform on [0, 1) (B, M, d) -> ε and â = (a_t - √(1-ᾱ_t) ε)/√ᾱ_t (B, M, d),
-    and log φ(â | a_t) minus the log-density of what is drawn (B, M), up to a constant. "truncate": from φ. "clip": from
-    the Gaussian; then â outside the box moves to its surface and ε stays (the authors' choice, biased). "mixture": half
-    from φ, half around the denoised action, weighted by their density (balance heuristic: Veach and Guibas, 1995)."""
-    a_t, signal, noise = a_t[:, None], schedule.signal[t[:, None]], schedule.noise[t[:, None]]
-    tiny = torch.finfo(uniform.dtype).tiny
-    if proposal == "clip":
-        eps = torch.special.ndtri(uniform.clamp(min=tiny))
-        return eps, ((a_t - noise * eps) / signal).clamp(-1, 1), torch.zeros_like(uniform[..., 0])
-    mean, std = (a_t / signal)[:, None], (noise / signal)[:, None]  # (B, proposals, 1, d) and (B, proposals, 1, 1)
-    if proposal == "mixture":
-        denoised = ((a_t - noise * prediction[:, None]) / signal).clamp(-1, 1)
-        mean, std = torch.cat([mean, denoised[:, None]], 1), torch.cat([std, (std**-2 + DENOISED_STD**-2) ** -0.5], 1)
-    # Inversion of Φ(x) = erfc(-x/√2)/2 in the box. Only its lower tail is exact: intervals of the upper are mirrored
-    low, high, upper = (-1 - mean) / std, (1 - mean) / std, mean < 0
-    low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
-    cdf_low, cdf_high = (0.5 * torch.special.erfc(-x / math.sqrt(2)) for x in (low, high))
-    mass = (cdf_high - cdf_low).clamp(min=tiny)
-    z = torch.special.ndtri(cdf_low + uniform.unflatten(1, (mean.shape[1], -1)) * mass).maximum(low).minimum(high)
-    a_hat = (mean + torch.where(upper, -std, std) * z).clamp(-1, 1).flatten(1, 2)
-    eps = (a_t - signal * a_hat) / noise
-    log_density = (((a_hat[:, None] - mean) / std).square() / -2 - std.log() - mass.log()).sum(3).logsumexp(1)
-    return eps, a_hat, -eps.square().sum(2) / 2 - log_density
+def sample_truncated_normal(mean, std, uniform):
+    """Draw from N(mean, std²) restricted to [-1, 1]: the inverse of its distribution function Φ
+    turns uniform numbers into samples. Only small values of Φ are exact in float32, so a negative
+    mean, whose box lies at large ones, is mirrored."""
+    low = (-1 - mean.abs()) / std
+    high = (1 - mean.abs()) / std
+    phi_low, phi_high = (torch.special.erfc(-z / math.sqrt(2)) / 2 for z in (low, high))
+    probability = phi_low + uniform * (phi_high - phi_low)
+    tiny = torch.finfo(probability.dtype).tiny
+    z = torch.special.ndtri(probability.clamp(min=tiny)).clamp(low, high)
+    sign = torch.where(mean < 0, -1.0, 1.0)
+    return (mean + sign * std * z).clamp(-1, 1)
 
 
-def rsm_target(eps, q, temperature, log_ratio=0.0):
-    """Reweighted score matching: the posterior mean E[ε | a_t, s] under π ∝ exp(Q/λ), by self-normalised importance
-    sampling, Σ_i w_i ε_i with w = softmax_i(Q(s, â_i) / λ + log_ratio_i). eps (B, M, d), q = min_j Q_j(s, â) and
-    log_ratio (B, M) of the reverse samples -> target (B, d) and the effective sample size 1/Σ w_i² (B,)."""
-    weights = torch.softmax(q / temperature + log_ratio, dim=1)
+def reverse_samples(schedule, a_t, t, num_samples, published=False):
+    """Draw guesses â_i of the action behind a_t from φ(a_0) ∝ q(a_t | a_0), the normal distribution
+    with mean a_t/√ᾱ_t and variance (1-ᾱ_t)/ᾱ_t, truncated to the box of actions.
+    a_t (B, d), t (B,) -> â (B, M, d), and the noise ε (B, M, d) that each of them implies"""
+    signal, noise = schedule.signal[t, None, None], schedule.noise[t, None, None]
+    a_t = a_t[:, None]
+    shape = (len(a_t), num_samples, a_t.shape[-1])
+    if published:  # Here ε does not belong to the clipped action, which biases the estimate.
+        eps = torch.randn(shape)
+        return ((a_t - noise * eps) / signal).clamp(-1, 1), eps
+    a_hat = sample_truncated_normal(a_t / signal, noise / signal, torch.rand(shape))
+    return a_hat, (a_t - signal * a_hat) / noise
+
+
+def rsm_target(eps, q, temperature):
+    """Reweighted score matching. By Bayes' rule p(a_0 | a_t, s) ∝ φ(a_0) exp(Q(s, a_0)/λ). So
+    E[ε | a_t, s] ≈ Σ_i w_i ε_i with the importance weights w = softmax_i(Q(s, â_i)/λ).
+    eps (B, M, d), q (B, M) -> target (B, d), effective sample size 1/Σ w_i² (B,)"""
+    weights = torch.softmax(q / temperature, dim=1)
     return (weights[..., None] * eps).sum(1), 1 / weights.square().sum(1)
+
+
+# ---- Agent
+class CudaGraph:
+    """A function of tensors. On a GPU the kernels of its third call are recorded, and from then on
+    launched all at once, on copies of the arguments and into the same results."""
+
+    def __init__(self, function):
+        self.function = function
+        self.calls = 0
+
+    def __call__(self, *tensors):
+        self.calls += 1
+        if not tensors[0].is_cuda or self.calls < 3:  # The first two calls allocate Adam's state.
+            return self.function(*tensors)
+
+        if self.calls == 3:
+            self.graph = torch.cuda.CUDAGraph()
+            self.inputs = [tensor.clone() for tensor in tensors]
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        torch._foreach_copy_(self.inputs, tensors)
+        self.graph.replay()
+        return self.outputs
 
 
 def gradient_step(optimizer, loss):
@@ -243,318 +293,355 @@ def gradient_step(optimizer, loss):
     optimizer.step()
 
 
-class CudaGraph:
-    """A function of tensors and a generator. On a GPU its third call is recorded; from then on a call launches the same
-    kernels all at once, on copies of its tensors, and overwrites what the call before returned."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, 0
-
-    def __call__(self, *tensors, generator):
-        self.calls += 1
-        if not tensors[0].is_cuda or self.calls < 3:  # the first ones choose kernels and set up optimisers
-            return self.function(*tensors, generator=generator)
-        if self.calls == 3:
-            self.graph, self.tensors = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
-            self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.tensors, generator=generator)
-        torch._foreach_copy_(self.tensors, tensors)
-        self.graph.replay()
-        return self.outputs
+@torch.no_grad()
+def update_average(average, source, tau):
+    """average ← τ source + (1-τ) average"""
+    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), tau)
 
 
 class Agent(nn.Module):
-    """Policy, critics, their moving averages and optimisers. act() takes actions, update() learns from a batch."""
+    """The policy, the critics, their moving averages and their optimisers."""
 
-    def __init__(self, args, obs_dim, action_dim, device):
+    def __init__(self, args, obs_dim, action_dim):
         super().__init__()
-        self.args, self.action_dim, self.updates, on_cpu = args, action_dim, 0, device.type == "cpu"
-        self.policy, self.critics = Denoiser(obs_dim, action_dim), MLP(obs_dim, action_dim, 1, ensemble=(2,))
-        self.ema_policy, self.target_critics = copy.deepcopy(self.policy), copy.deepcopy(self.critics)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(INITIAL_ALPHA)))
-        self.register_buffer("q_spread", torch.tensor(0.0))  # σ_Q of --temperature relative; 0 before the first
-        self.register_buffer("q_moments", torch.tensor([0.0, 1.0]))  # mean and deviation of Q, for mirror descent
-        self.to(device)
-        self.schedule = NoiseSchedule(args.denoising_steps, args.schedule, device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=not on_cpu)
-        self.q_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
-        self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr, device=device))
-        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
-        self.optimizers = [self.q_optimizer, self.policy_optimizer, self.alpha_optimizer]
-        self.dtype = torch.bfloat16 if on_cpu and args.bfloat16 and Args.bfloat16 else None  # wanted, and this CPU can
-        if args.compile and on_cpu:
-            for network in self.children():
-                network.compile(dynamic=True)  # one compilation for all numbers of states
-        self.update_critics, self.update_policy = CudaGraph(self.update_critics), CudaGraph(self.update_policy)
+        self.args = args
+        self.action_dim = action_dim
+        self.updates = 0
+        self.evaluations = []  # step, updates, mean and standard deviation of the return
+        self.metrics = {}
 
-    def act(self, obs, generator, explore=True, policy=None):
-        """Actions (B, d) of the averaged policy, or of the given one, with exploration noise or without."""
-        std = self.args.noise_scale * self.log_alpha.detach().exp() if explore else None
-        policy, k = policy or self.ema_policy, self.args.num_particles
-        return sample_actions(policy, self.critics, self.schedule, obs, k, generator, std, self.dtype)
+        self.policy = Denoiser(obs_dim, action_dim)
+        self.critics = Critics(obs_dim, action_dim)
+        self.average_policy = copy.deepcopy(self.policy)
+        self.target_critics = copy.deepcopy(self.critics)
+        self.register_buffer("exploration_std", torch.tensor(args.noise_start))
+        self.schedule = NoiseSchedule(args.denoising_steps, args.published)
 
-    def update(self, batch, generator):
-        """One update from a batch of the replay buffer. Returns what it measured, as tensors that nobody waits for."""
-        args, (obs, *_, next_obs, _) = self.args, batch
+        adam = partial(torch.optim.Adam, fused=True, capturable=self.exploration_std.is_cuda)
+        self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr))
+        self.q_optimizer = adam(self.critics.parameters(), lr=torch.tensor(args.q_lr))
+        self.optimizers = [self.policy_optimizer, self.q_optimizer]
+
+        self.update_critics = CudaGraph(self.update_critics)
+        self.update_policy = CudaGraph(self.update_policy)
+
+    def act(self, obs, policy=None, explore=True):
+        """Return actions (B, d) of the given policy, by default of the averaged one."""
+        policy = policy or self.average_policy
+        shape = (len(obs), self.args.num_particles, self.action_dim)
+        a = sample_actions(policy, self.critics, self.schedule, obs, shape)
+        if explore:
+            a = (a + self.exploration_std * torch.randn(a.shape)).clamp(-1, 1)
+        return a
+
+    def update(self, batch, progress):
+        """Learn from a batch, when the fraction `progress` of the training is done."""
+        args = self.args
+        _, _, _, next_obs, _ = batch
         self.updates += 1
-        metrics, next_actions = self.update_critics(*batch, generator=generator)
+
+        # Lower the learning rates, which are tensors for the sake of CUDA graphs.
+        policy_factor = q_factor = 1 - progress
+        if args.published:  # The policy's rate falls to a tenth, and the critics' stays as it is.
+            policy_factor = 1 - 0.9 * min(max((progress - 0.26) / (0.77 - 0.26), 0), 1)
+            q_factor = 1
+        self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * policy_factor)
+        self.q_optimizer.param_groups[0]["lr"].fill_(args.q_lr * q_factor)
+
+        # Lower the exploration noise.
+        decay = math.exp(-self.updates / args.noise_decay)
+        self.exploration_std.fill_(args.noise_end + (args.noise_start - args.noise_end) * decay)
+
+        metrics, next_actions = self.update_critics(*batch)
+        self.metrics.update(metrics)
         if self.updates % args.policy_frequency == 0:
-            decay = min(max(self.updates // args.policy_frequency - 25_001, 0) / 50_000, 1)  # 1 at 75k policy updates
-            self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * (1 - 0.9 * decay))
-            metrics = metrics | self.update_policy(obs, next_obs, next_actions, generator=generator)
-        if self.updates % args.alpha_frequency == 0:  # moves the entropy of the exploration noise to its target
-            excess = 0.5 * math.log(2 * math.pi * math.e) + metrics["exploration_std"].log() - TARGET_ENTROPY_PER_DIM
-            gradient_step(self.alpha_optimizer, self.log_alpha * self.action_dim * excess)
-        if self.updates % args.target_network_frequency == 0:
-            with torch.no_grad():  # average ← τ source + (1-τ) average
-                for average, source in [(self.target_critics, self.critics), (self.ema_policy, self.policy)]:
-                    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), args.tau)
-        return metrics
+            self.metrics.update(self.update_policy(next_obs, next_actions))
+            update_average(self.target_critics, self.critics, args.tau)
+            update_average(self.average_policy, self.policy, args.tau)
 
-    def update_critics(self, obs, actions, rewards, next_obs, terminations, generator):
-        """Mean squared error to r + γ min_j Q̄_j(s', a'); unlike SAC, no entropy bonus. Returns metrics and a'."""
-        args, alpha = self.args, self.log_alpha.detach().exp()
-        next_actions = self.act(next_obs, generator, policy=self.policy)
+    def update_critics(self, obs, actions, rewards, next_obs, terminations):
+        """Fit Q_j to r + γ min_j Q̄_j(s', a'), where a' has exploration noise as in the environment.
+        There is no entropy bonus as in SAC: a diffusion policy has no density in closed form."""
+        args = self.args
+        next_actions = self.act(next_obs, policy=self.policy)
         with torch.no_grad():
-            next_q = min_q(self.target_critics, next_obs, next_actions[:, None])[:, 0]
+            next_q = self.target_critics.minimum(next_obs, next_actions[:, None])[:, 0]
             target_q = args.reward_scale * rewards + args.gamma * (1 - terminations) * next_q
-        q = self.critics(obs, actions[:, None])[..., 0, 0]
-        q_losses = (q - target_q).square().mean(1)
-        gradient_step(self.q_optimizer, q_losses.sum())
-        metrics = {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "qf_loss": q_losses.mean(), "alpha": alpha}
-        metrics |= {"qf1_loss": q_losses[0], "qf2_loss": q_losses[1], "exploration_std": args.noise_scale * alpha}
-        return {name: value.detach() for name, value in metrics.items()}, next_actions
 
-    def update_policy(self, obs, next_obs, next_actions, generator):
-        """Denoise towards π ∝ exp(Q/λ), or with mirror descent towards π_new ∝ π_old exp(Q/λ). Returns metrics."""
-        args, m = self.args, self.args.num_reverse_samples
-        t = torch.randint(args.denoising_steps, (len(obs), 1), generator=generator, device=obs.device)
-        eps = torch.randn(next_actions.shape, generator=generator, device=obs.device)
-        at_next = args.anchor == "next" or args.weighting == "mirror-descent"
-        obs, a_0 = (next_obs, next_actions) if at_next else (obs, self.act(obs, generator, policy=self.policy))
-        a_t = self.schedule.signal[t] * a_0 + self.schedule.noise[t] * eps
-        prediction = self.policy(obs, a_t[:, None], t[:, 0])[:, 0]
-        if args.weighting == "max-entropy":
-            uniform = torch.rand(len(obs), m, self.action_dim, generator=generator, device=obs.device)
-            proposal, temperature = args.reverse_proposal, args.temperature_scale * self.log_alpha.detach().exp()
-            with torch.no_grad():
-                eps, a_hat, log_ratio = reverse_samples(self.schedule, a_t, t, uniform, proposal, prediction)
-                q = min_q(self.critics, obs, a_hat)
-            if args.temperature == "relative":  # to σ_Q: how much Q varies where â is nearly uniform in the box
-                noisy = t[:, 0] >= t.max().clamp(max=args.denoising_steps // 2)  # upper half of the levels, if any
-                share = torch.softmax(log_ratio, dim=1)  # as if all had been drawn from φ
-                variance = (share * (q - (share * q).sum(1, keepdim=True)).square()).sum(1)
-                spread = (variance.sqrt() * noisy).sum() / noisy.sum()
-                self.q_spread.copy_(torch.where(self.q_spread == 0, spread, self.q_spread.lerp(spread, 0.01)))
-                temperature = temperature * self.q_spread.clamp(min=1e-8)
-            target, ess = rsm_target(eps, q, temperature, log_ratio)
-            weights = torch.ones_like(ess)
+        q = self.critics(obs, actions[:, None])[..., 0]
+        loss = (q - target_q).square().mean(1).sum()
+        gradient_step(self.q_optimizer, loss)
+        return {"q_values": q.detach().mean(), "q_loss": loss.detach()}, next_actions
+
+    def update_policy(self, obs, actions):
+        """Noise the actions, and regress the policy on the mean of the noise in them."""
+        t = torch.randint(self.args.denoising_steps, (len(obs),))
+        eps = torch.randn(actions.shape)
+        a_t = self.schedule.signal[t, None] * actions + self.schedule.noise[t, None] * eps
+        prediction = self.policy(obs, a_t[:, None], t)[:, 0]
+
+        if self.args.mirror_descent:
+            weights = self.mirror_descent_weights(obs, actions)
+            loss = (weights * (prediction - eps).square().sum(1)).mean()
+            metrics = {}
         else:
-            target, q = eps, min_q(self.critics, obs, a_0[:, None])[:, 0].detach()
-            self.q_moments.lerp_(torch.stack([q.mean(), q.std()]), 0.001)
-            temperature = self.log_alpha.detach().exp()
-            weights = (((q - self.q_moments[0]) / self.q_moments[1]).clamp(-3, 3) / temperature).exp()
-            ess = weights.sum().square() / weights.square().sum()
-        # With target = Σ w_i ε_i this has the gradient of the RSM loss Σ w_i ‖ε_θ - ε_i‖² with one evaluation of ε_θ
-        loss = (weights * (prediction - target).square().sum(1)).mean()
+            # The RSM loss Σ w_i ‖ε_θ - ε_i‖² has the same gradient as ‖ε_θ - Σ w_i ε_i‖².
+            target, metrics = self.estimate_noise(obs, a_t, t)
+            loss = (prediction - target).square().sum(1).mean()
         gradient_step(self.policy_optimizer, loss)
-        return {"rsm_loss": loss.detach(), "effective_sample_size": ess.mean(), "temperature": temperature}
+        return {"policy_loss": loss.detach(), **metrics}
+
+    @torch.no_grad()
+    def estimate_noise(self, obs, a_t, t):
+        """Return the target (B, d) of the policy at a_t, an estimate of E[ε | a_t, s]."""
+        args = self.args
+        m = args.num_reverse_samples
+        a_hat, eps = reverse_samples(self.schedule, a_t, t, m, args.published)
+        q = self.critics.minimum(obs, a_hat)
+        if args.published:
+            temperature = 2 * self.exploration_std
+        else:
+            temperature = args.temperature * q.std(1, correction=0).mean().clamp(min=1e-8)
+        target, sample_size = rsm_target(eps, q, temperature)
+        return target, {"temperature": temperature, "effective_sample_size": sample_size.mean()}
+
+    @torch.no_grad()
+    def mirror_descent_weights(self, obs, actions):
+        """Diffusion policy mirror descent (DPMD): actions of the current policy have the weights
+        exp(Q/λ), so that π_new ∝ π_old exp(Q/λ). Here Q is standardised and λ is the authors' α."""
+        q = self.critics.minimum(obs, actions[:, None])[:, 0]
+        standardised = ((q - q.mean()) / q.std(correction=0).clamp(min=1e-8)).clamp(-3, 3)
+        return (standardised / (10 * self.exploration_std)).exp()
 
 
-def make_envs(env_id, num_envs, video=None):
-    """num_envs copies of the task with actions rescaled to [-1, 1], the first one filmed if video is a path."""
-    envs = [gym.make(env_id, render_mode="rgb_array" if video and i == 0 else None) for i in range(num_envs)]
-    if video:
-        names = {"video_folder": video.parent, "name_prefix": video.name, "disable_logger": True}
-        envs[0] = gym.wrappers.RecordVideo(envs[0], episode_trigger=lambda episode: episode == 0, **names)
-    makers = [partial(gym.wrappers.RescaleAction, env, np.float32(-1), np.float32(1)) for env in envs]
+# ---- Environments
+def make_env(env_id, video_folder=None):
+    """A task with flat observations and actions in [-1, 1]^d, filmed if there is a folder."""
+    env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda i: i == 0)
+
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or not space.is_bounded():
+        raise ValueError(f"its actions are {space}, but they must be real numbers with bounds")
+    centre, radius = (space.high + space.low) / 2, (space.high - space.low) / 2
+
+    def rescale(action):
+        action = centre + radius * action.reshape(space.shape)
+        return np.clip(action, space.low, space.high)  # Rounding must not leave the bounds.
+
+    env = gym.wrappers.TransformAction(env, rescale, gym.spaces.Box(-1, 1, (centre.size,)))
+    return gym.wrappers.FlattenObservation(env)  # It also copies: some tasks reuse their array.
+
+
+def make_envs(env_id, num_envs, video_folder=None):
+    makers = [partial(make_env, env_id, video_folder)]
+    makers += [partial(make_env, env_id)] * (num_envs - 1)
     return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-def evaluate(agent, args, device, name=None):
-    """Evaluates without exploration noise; every time from the same seeds, apart from the training's random stream."""
-    n, seed, video = args.eval_episodes, args.seed + 1_000_000, Path("videos", name) if args.capture_video else None
-    envs, generator = make_envs(args.env_id, n, video), torch.Generator(device).manual_seed(seed)
-    obs, _ = envs.reset(seed=seed)
+@torch.random.fork_rng(devices=range(min(torch.cuda.device_count(), 1)))
+def evaluate(agent, run_dir, step):
+    """Run episodes without exploration noise, on seeds and random numbers of their own."""
+    args = agent.args
+    seed = args.seed + 10**9
+    torch.manual_seed(seed)
+    video_folder = run_dir / "videos" / f"step-{step}" if args.capture_video else None
+    envs = make_envs(args.env_id, args.eval_episodes, video_folder)
     act = CudaGraph(partial(agent.act, explore=False))
-    returns, lengths, running = np.zeros(n), np.zeros(n), np.ones(n, dtype=bool)
+    obs, _ = envs.reset(seed=seed)
+    returns = np.zeros(args.eval_episodes)
+    running = np.ones(args.eval_episodes, dtype=bool)
     while running.any():
-        actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator=generator)
-        obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
+        actions = act(torch.as_tensor(obs, dtype=torch.float32)).cpu().numpy()
+        obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * running
-        lengths += running
         running &= ~(terminations | truncations)
     envs.close()
-    return {"episodic_return": returns.mean(), "episodic_return_std": returns.std(), "episodic_length": lengths.mean()}
+    tqdm.write(f"evaluation at step {step}: return {returns.mean():.1f} +/- {returns.std():.1f}")
+    return returns.mean().item(), returns.std().item()
 
 
-@contextmanager
-def one_sentence(what, status=2):
-    """What goes wrong inside ends the program with one sentence. Status 2: bad input; 1: the training cannot go on."""
-    try:
-        yield
-    except Exception as error:
-        print("error:", what, *(str(error) or type(error).__name__).split()[:80], file=sys.stderr)
-        sys.unraisablehook = lambda _: None  # what is half made may fail once more when it is deleted
-        sys.exit(status)
+# ---- Training
+def save_checkpoint(run_dir, agent, buffer):
+    """Write model.pt, enough to evaluate, and checkpoint.pt, enough to resume."""
+    for name, value in {**agent.metrics, **agent.state_dict()}.items():
+        if not value.isfinite().all():
+            raise SystemExit(f"{name} is not finite. Resume with smaller learning rates.")
+    model = {"args": vars(agent.args), "agent": agent.state_dict(), "step": buffer.added}
+    training = {
+        "updates": agent.updates,
+        "evaluations": agent.evaluations,
+        "optimizers": [optimizer.state_dict()["state"] for optimizer in agent.optimizers],
+        "rows": buffer.rows[: buffer.added].clone(),  # A slice would be saved with the empty rows.
+    }
+    for name, contents in (("model.pt", model), ("checkpoint.pt", {**model, **training})):
+        torch.save(contents, run_dir / "unfinished.tmp")
+        (run_dir / "unfinished.tmp").replace(run_dir / name)
+    header = "global_step,updates,episodic_return,episodic_return_std"
+    table = np.array(agent.evaluations).reshape(-1, 4)
+    np.savetxt(run_dir / "metrics.csv", table, "%.10g", ",", header=header, comments="")
 
 
-def parse(argv=None):
-    """The arguments, and what the run of --resume or --evaluate has saved; its arguments are then the defaults."""
-    args = tyro.cli(Args, args=argv)
-    source = args.evaluate if args.resume is None else args.resume
-    if source is None:
-        return args, None
-    with one_sentence(f"{source!r} is no run folder or file that this version of {Path(__file__).name} can use:"):
-        path = Path(source, "checkpoint.pt") if os.path.isdir(source) else Path(source)
-        path = path if args.resume is None else path.with_name("checkpoint.pt")
-        state = torch.load(path, map_location="cpu", weights_only=True) | {"run_dir": path.resolve().parent}
-        defaults = replace(Args(**state["args"]), evaluate=args.evaluate, resume=args.resume)
-    return tyro.cli(Args, args=argv, default=defaults), state
-
-
-def validate(args):
-    """Raises ValueError for arguments or a task with which training cannot work. Returns obs_dim and action_dim."""
-    ranges, least = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "tau": (1e-9, 1)}, max(args.num_envs, args.batch_size)
-    ranges |= {"learning_starts": (least, args.total_timesteps), "buffer_size": (least, 10**12)}
-    for name, value in vars(args).items():
-        low, high = ranges.get(name, (1, 10**12) if type(value) is int else (1e-12, 1e12))
-        if type(value) in (int, float) and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a value from {low} to {high}")
-    if args.reverse_proposal == "mixture" and args.num_reverse_samples % 2:
-        raise ValueError(f"--num-reverse-samples is {args.num_reverse_samples}; give an even number for a mixture")
-    env = gym.make(args.env_id, render_mode="rgb_array" if args.capture_video else None)
-    for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
-            raise ValueError(f"{args.env_id} has {space}; choose a task with real vectors as observations and actions")
-    if not (np.isfinite(space.high - space.low) & (space.low < space.high)).all():
-        raise ValueError(f"{args.env_id} has actions in {space}; choose a task with finite bounds, low < high")
-    if args.capture_video:  # rather now than at the first evaluation
-        with one_sentence("--capture-video cannot draw; MUJOCO_GL=egl or MUJOCO_GL=osmesa may help:"):
-            env.reset()
-            env.render()
-    return env.observation_space.shape[0], env.action_space.shape[0]
-
-
-def train(args, agent, buffer, generator, state):
-    """The training loop, from the beginning or from a checkpoint: act, learn, store; now and then evaluate and save."""
-    device, n, run_dir, evaluations = buffer.rows.device, args.num_envs, state["run_dir"], state["evaluations"]
-    step, first_step, last_step = state["step"], state["step"], max(state["step"], args.total_timesteps // n * n)
-    eval_frequency = args.eval_frequency or max(args.total_timesteps // 20, n)
-    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(args.env_id, n))
+def train(agent, buffer, run_dir, writer):
+    args = agent.args
+    step = first_step = buffer.added
+    to_tensor = partial(torch.as_tensor, dtype=torch.float32)
+    envs = make_envs(args.env_id, args.num_envs)
     act = CudaGraph(agent.act)
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
-    metrics, recent_returns, signals, start_time = {}, [], [], time.time() - state["seconds"]
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
+    start_time = time.time()
+    returns = np.zeros(args.num_envs)  # of the episodes so far
+    recent_returns = []
+    obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
-    def on_signal(number, _):  # the first signal ends the training after this step, a second one at once
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        os.write(2, f"\ninterrupted: writes a checkpoint and ends; --resume {run_dir} goes on from there\n".encode())
-
-    def save(name, **contents):
-        """Writes a file in the run folder, whole or not at all. What is not finite ends the training instead."""
-        with one_sentence(f"training ends at step {step}, its last checkpoint in {run_dir} is from before:", 1):
-            for key, tensor in (agent.state_dict() | {"a transition": buffer.rows[: buffer.added]}).items():
-                if not tensor.isfinite().all():
-                    raise ValueError(f"{key} is not finite")
-            contents |= {"args": asdict(args), "agent": agent.state_dict(), "updates": agent.updates, "step": step}
-            torch.save(contents, run_dir / "unfinished.tmp")
-            os.replace(run_dir / "unfinished.tmp", run_dir / name)
-
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, on_signal)
-    bar = tqdm(total=last_step, initial=step, unit="step", disable=None)  # None: quiet when not a terminal
-    while True:
-        if step > first_step and (step % eval_frequency < n or step == last_step):
-            result = evaluate(agent, args, device, f"{run_dir.name}/step-{step}")
-            for name, value in result.items():
-                writer.add_scalar(f"eval/{name}", value, step)
-            evaluations.append([step, agent.updates, *map(float, result.values()), time.time() - start_time])
-            table, header = [row[:5] for row in evaluations], "global_step,updates," + ",".join(result)
-            with one_sentence(f"training ends at step {step}:", 1):
-                np.savetxt(run_dir / "metrics.csv", table, fmt="%.10g", delimiter=",", header=header, comments="")
-            bar.write(REPORT.format(step, *result.values()))
-        if signals or step % (args.checkpoint_frequency or eval_frequency) < n or step in (first_step, last_step):
-            optimizers = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
-            rows = buffer.rows[: buffer.added].clone()  # without the empty ones behind
-            progress = {"evaluations": evaluations, "seconds": time.time() - start_time}
-            save("checkpoint.pt", optimizers=optimizers, rows=rows, generator=generator.get_state(), **progress)
-            if signals:
-                sys.exit(128 + signals[0])
-            # Episodes begin anew with every checkpoint, so that none needs the state of a simulator
-            obs, _ = envs.reset(seed=int(np.random.SeedSequence((args.seed, step)).generate_state(1)[0] // 2))
-        if step == last_step:
-            break
-        if step < args.learning_starts:
-            actions = 2 * torch.rand(n, agent.action_dim, generator=generator, device=device) - 1
-        else:
-            actions = act(to_tensor(obs), generator=generator)
+    while step < args.total_timesteps:
+        # Act at random, later by the policy. Learn now, so that a GPU works while a task steps.
+        learning = step >= args.learning_starts
+        actions = act(obs) if learning else 2 * torch.rand(args.num_envs, agent.action_dim) - 1
         actions_for_envs = actions.cpu().numpy()
-        if step >= args.learning_starts:  # before the environments step, so that a GPU works meanwhile
-            metrics |= agent.update(buffer.sample(args.batch_size, generator), generator)
+        if learning:
+            progress = (step - args.learning_starts) / (args.total_timesteps - args.learning_starts)
+            agent.update(buffer.sample(args.batch_size), progress)
+
+        # Step the environments. Where an episode ends, next_obs is the first of the next episode.
         next_obs, rewards, terminations, truncations, infos = envs.step(actions_for_envs)
-        step += n
-        bar.update(n)
+        step += args.num_envs
+        bar.update(args.num_envs)
+        returns += rewards
         last_obs = next_obs.copy()
-        for i in np.flatnonzero(terminations | truncations):  # next_obs[i] is the first of the next episode
+        for i in np.flatnonzero(terminations | truncations):
             last_obs[i] = infos["final_obs"][i]
-            recent_returns.append(infos["episode"]["r"][i])
-            writer.add_scalar("charts/episodic_return", infos["episode"]["r"][i], step)
-            writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], step)
-        # A truncated episode has not terminated: its last state has a future, so the critics bootstrap from it
-        buffer.add(to_tensor(obs), actions, to_tensor(rewards), to_tensor(last_obs), to_tensor(terminations))
-        obs = next_obs
-        if metrics and agent.updates % 100 == 0:
-            for name, value in metrics.items():
+            recent_returns.append(returns[i])
+            writer.add_scalar("charts/episodic_return", returns[i], step)
+            returns[i] = 0
+
+        # Store the transitions. The critics bootstrap from the last state of a truncated episode.
+        buffer.add(obs, actions, *map(to_tensor, (rewards, last_obs, terminations)))
+        obs = to_tensor(next_obs)
+
+        if learning and agent.updates % 100 == 0:
+            for name, value in agent.metrics.items():
                 writer.add_scalar(f"losses/{name}", value.item(), step)
-            sps = int(step / (time.time() - start_time))
+            sps = int((step - first_step) / (time.time() - start_time))
             writer.add_scalar("charts/SPS", sps, step)
             bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns[-20:] or math.nan))
-    writer.close()
-    save("model.pt")
+
+        if step % args.eval_frequency < args.num_envs or step >= args.total_timesteps:
+            mean, std = evaluate(agent, run_dir, step)
+            agent.evaluations.append([step, agent.updates, mean, std])
+            writer.add_scalar("eval/episodic_return", mean, step)
+            save_checkpoint(run_dir, agent, buffer)
+
+    bar.close()
+    envs.close()
 
 
-def main(args, state=None):
-    """Trains, goes on with a training, or evaluates a trained policy."""
-    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute|.*Overwriting existing videos")
-    with one_sentence("cannot start:"):
-        import_module("mujoco").set_mju_user_warning(warnings.warn)  # no log file. Fails where MUJOCO_GL is wrong
-        obs_dim, action_dim = validate(args)
-        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        print(f"device: {device}" + " (PyTorch finds no CUDA device)" * (args.cuda and device.type == "cpu"))
-        torch.manual_seed(args.seed)
-        torch.set_flush_denormal(True)  # CPUs compute with numbers like mish(-95) many times more slowly
-        torch._dynamo.config.suppress_errors = True  # without a compiler, or when Ctrl-C ends it, it runs uncompiled
-        torch._logging.set_logs(dynamo=40)  # errors only: without pages of text on that
-        agent, generator = Agent(args, obs_dim, action_dim, device), torch.Generator(device).manual_seed(args.seed)
-        if state:
-            agent.load_state_dict(state["agent"])
-            agent.updates = state["updates"]
-    if args.evaluate is not None:
-        print(REPORT.format(state["step"], *evaluate(agent, args, device, state["run_dir"].name).values()))
+# ---- Main
+def parse_args(argv):
+    """Return the arguments, and the saved state of a run to resume or evaluate."""
+    published = "--published" in (sys.argv if argv is None else argv)
+    defaults = Args(published=True, **PUBLISHED) if published else Args()
+    args = tyro.cli(Args, args=argv, default=defaults)
+    state = None
+    if args.resume or args.evaluate:
+        path = Path(args.resume or args.evaluate, "checkpoint.pt" if args.resume else "model.pt")
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True)
+            if state["args"].keys() != vars(args).keys():
+                raise ValueError
+            saved = Args(**{**state["args"], "resume": args.resume, "evaluate": args.evaluate})
+        except Exception as error:
+            raise SystemExit(f"{path} is missing, damaged or not of this script") from error
+        args = tyro.cli(Args, args=argv, default=saved)  # The run's arguments are the defaults.
+        for name in ("env_id", "buffer_size", "published", "denoising_steps"):
+            if getattr(args, name) != getattr(saved, name):
+                raise SystemExit(f"{name} must stay {getattr(saved, name)} in this run")
+    args.check()
+    return args, state
+
+
+def stop(number, frame):
+    """End by an exception, so that a checkpoint can be written."""
+    raise SystemExit(128 + number)
+
+
+def main(argv=None):
+    args, state = parse_args(argv)
+    step = state["step"] if state else 0
+    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+    print(f"device: {device}" if torch.cuda.is_available() else "device: cpu (no GPU was found)")
+    torch.set_default_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in JAX
+    torch.set_flush_denormal(True)  # Tiny numbers slow a CPU down several times.
+    torch.manual_seed(args.seed + step)
+    np.random.seed(args.seed + step)  # Some tasks draw from it.
+    mujoco.set_mju_user_warning(warnings.warn)  # or MuJoCo prints them many times
+    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # tasks of v4
+
+    try:
+        env = make_env(args.env_id)
+        obs_dim, action_dim = map(gym.spaces.flatdim, (env.observation_space, env.action_space))
+        agent = Agent(args, obs_dim, action_dim)
+        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
+        if args.capture_video:  # Find out now whether the task can be drawn.
+            env = gym.make(args.env_id, render_mode="rgb_array")
+            env.reset()
+            env.render()
+        env.close()
+    except (gym.error.Error, mujoco.FatalError, ImportError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"{args.env_id} cannot be used: {error}") from error
+    if args.compile and device == "cpu":
+        try:
+            torch.compile(mish)(torch.zeros(1))
+            for network in agent.children():
+                network.compile(dynamic=True)
+        except Exception:
+            print("No C++ compiler works here, so the networks are not compiled.")
+
+    if state:
+        agent.load_state_dict(state["agent"])
+    if args.evaluate:
+        evaluate(agent, Path(args.evaluate), step)
         return
-    with one_sentence(f"--buffer-size {args.buffer_size} is too large:"):
-        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    with one_sentence("cannot start:"):
-        if state:
-            for optimizer, saved in zip(agent.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
-            generator.set_state(state["generator"])
-            buffer.rows[: state["step"]], buffer.added = state["rows"], state["step"]
-        else:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-            run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
-            state = {"step": 0, "evaluations": [], "seconds": 0.0, "run_dir": run_dir}
-            run_dir.mkdir(parents=True)
-        if args.track:
-            run = {"name": state["run_dir"].name, "project": args.wandb_project_name, "entity": args.wandb_entity}
-            import_module("wandb").init(**run, id=run["name"], resume="allow", config=vars(args), sync_tensorboard=True)
-    train(args, agent, buffer, generator, state)
+    if state:
+        agent.updates, agent.evaluations = state["updates"], state["evaluations"]
+        for optimizer, saved in zip(agent.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
+        buffer.rows[: min(step, args.buffer_size)] = state.pop("rows")
+        buffer.added = step
+
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
+    run_dir = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "-", name))
+    if args.track:
+        import wandb
+
+        run = run_dir.resolve().name
+        try:
+            wandb.init(name=run, id=run, resume="allow", config=vars(args), sync_tensorboard=True)
+        except wandb.Error as error:
+            raise SystemExit(f"--track: {error}") from error
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP.
+                handlers[number] = signal.signal(number, stop)
+    try:
+        with SummaryWriter(run_dir, purge_step=step + 1) as writer:
+            train(agent, buffer, run_dir, writer)
+    except SystemExit:
+        save_checkpoint(run_dir, agent, buffer)
+        print(f"Go on with: python {sys.argv[0]} --resume {run_dir}")
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    print(f"Film it: python {sys.argv[0]} --evaluate {run_dir} --capture-video")
+    print(f"See the curves: tensorboard --logdir {run_dir.parent}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # or else a redirected output stays empty for long
-    main(*parse())
+    sys.stdout.reconfigure(line_buffering=True)  # Show each line at once, in a log file too.
+    main()
