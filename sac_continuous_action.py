@@ -6,8 +6,8 @@ Q(s, a) - α log π(a|s), and α is tuned so that the entropy of the policy stay
     python sac_continuous_action.py --env-id Humanoid-v4
 
 Paper: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
-What is not the algorithm is SDAC's, also the settings. So one update follows a step of all 5
-environments; with --num-envs 1 there is one per step, as elsewhere.
+Everything but the algorithm is as in SDAC, settings too: one update per joint step of all 5
+environments. With --num-envs 1 there is one per step, as is usual.
 """
 
 import copy
@@ -38,26 +38,26 @@ class Args:
     exp_name: str = Path(__file__).stem  # in the run folder's name
     seed: int = 1  # of all random numbers
     cuda: bool = True  # use a GPU if there is one
-    compile: bool = True  # compile networks on a CPU
+    compile: bool = True  # torch.compile the networks; CPU only
     track: bool = False  # log to Weights & Biases, too
     capture_video: bool = False  # film evaluations, into the run folder
-    evaluate: str | None = None  # run folder of a policy to evaluate
-    resume: str | None = None  # run folder of a training to go on with
+    evaluate: str | None = None  # run folder to evaluate
+    resume: str | None = None  # run folder to continue
 
     env_id: str = "HalfCheetah-v4"  # Gymnasium task
     total_timesteps: int = 1_000_000  # steps, summed over the environments
-    num_envs: int = 5  # environments; each of their steps is followed by one update
+    num_envs: int = 5  # stepped together; one update per joint step
     buffer_size: int = 1_000_000  # transitions to keep
     learning_starts: int = 10_000  # steps with random actions
     eval_frequency: int = 20_000  # steps between evaluations
     eval_episodes: int = 10
 
     gamma: float = 0.99  # discount factor
-    tau: float = 0.01  # rate of the moving averages
+    tau: float = 0.01  # rate of the target critics
     batch_size: int = 256  # transitions
     policy_lr: float = 1e-3  # learning rate; falls linearly to 0
-    q_lr: float = 1e-3  # of critics and alpha
-    reward_scale: float = 0.2  # factor of rewards
+    q_lr: float = 1e-3  # the same; also alpha's, constant
+    reward_scale: float = 0.2  # factor of all rewards
 
     def check(self):
         limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1)}
@@ -80,7 +80,7 @@ def mish(x):
 
 
 class MLP(nn.Module):
-    """A network of a context, one per state, and of N actions in that state."""
+    """f(context, action), for one context per state and N actions in that state."""
 
     def __init__(self, context_dim, action_dim, output_dim):
         super().__init__()
@@ -91,7 +91,7 @@ class MLP(nn.Module):
 
     def forward(self, context, actions):
         """context (B, c), actions (B, N, d) -> (B, N, output_dim)"""
-        # The first layer is split, so that it meets each context once and not N times.
+        # The first layer is split, to multiply each context once and not N times.
         context_weight, action_weight = self.input_layer.weight.split(self.dims, dim=1)
         context = F.linear(context, context_weight, self.input_layer.bias)
         h = mish(context[:, None] + F.linear(actions, action_weight))
@@ -141,7 +141,7 @@ class ReplayBuffer:
     def __init__(self, size, obs_dim, action_dim):
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(size, sum(self.widths))
-        self.added = 0
+        self.added = 0  # transitions so far, and so the number of environment steps
 
     def add(self, obs, actions, rewards, next_obs, terminations):
         rows = torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None]], dim=1)
@@ -165,14 +165,14 @@ def sample_actions(actor, obs):
     eps = torch.randn(mean.shape)
     u = mean + log_std.exp() * eps
     log_normal = -eps.square() / 2 - log_std - math.log(2 * math.pi) / 2
-    log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # This is log(1 - tanh² u).
+    log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh² u)
     return u.tanh(), (log_normal - log_derivative).sum(1)
 
 
 # ---- Agent
 class CudaGraph:
-    """A function of tensors. On a GPU the kernels of its third call are recorded, and from then on
-    launched all at once, on copies of the arguments and into the same results."""
+    """A function of tensors. On a GPU the kernels of its third call are recorded, and later calls
+    launch them all at once. Each call overwrites the results of the last."""
 
     def __init__(self, function):
         self.function = function
@@ -180,7 +180,7 @@ class CudaGraph:
 
     def __call__(self, *tensors):
         self.calls += 1
-        if not tensors[0].is_cuda or self.calls < 3:  # The first two calls allocate Adam's state.
+        if not tensors[0].is_cuda or self.calls < 3:  # Two calls to warm up
             return self.function(*tensors)
 
         if self.calls == 3:
@@ -206,7 +206,7 @@ def update_average(average, source, tau):
 
 
 class Agent(nn.Module):
-    """The policy, the critics, their moving averages and their optimisers."""
+    """The policy, the critics, the target critics, alpha and the optimisers."""
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
@@ -240,7 +240,6 @@ class Agent(nn.Module):
     def update(self, batch, progress):
         """Learn from a batch of transitions, when the fraction `progress` of the run is done."""
         args = self.args
-        obs, _, _, _, _ = batch
         self.updates += 1
 
         # Lower the learning rates, which are tensors for the sake of CUDA graphs.
@@ -248,7 +247,7 @@ class Agent(nn.Module):
         self.q_optimizer.param_groups[0]["lr"].fill_(args.q_lr * (1 - progress))
 
         self.metrics.update(self.update_critics(*batch))
-        self.metrics.update(self.update_policy(obs))
+        self.metrics.update(self.update_policy(batch[0]))
         update_average(self.target_critics, self.critics, args.tau)
 
     def update_critics(self, obs, actions, rewards, next_obs, terminations):
@@ -265,7 +264,7 @@ class Agent(nn.Module):
         return {"q_values": q.mean().detach(), "q_loss": loss.detach()}
 
     def update_policy(self, obs):
-        """Raise E[min_j Q_j - α log π], and raise α where the entropy is below its target -d."""
+        """Raise E[min_j Q_j - α log π]; raise α if the entropy is below -d, else lower it."""
         actions, log_prob = sample_actions(self.policy, obs)
         self.critics.requires_grad_(False)  # Their weights need no gradients here.
         q = self.critics.minimum(obs, actions[:, None])[:, 0]
@@ -296,7 +295,7 @@ def make_env(env_id, video_folder=None):
         return np.clip(action, space.low, space.high)  # Rounding must not leave the bounds.
 
     env = gym.wrappers.TransformAction(env, rescale, gym.spaces.Box(-1, 1, (centre.size,)))
-    return gym.wrappers.FlattenObservation(env)  # It also copies: some tasks reuse their array.
+    return gym.wrappers.FlattenObservation(env)  # a copy: some tasks reuse arrays
 
 
 def make_envs(env_id, num_envs, video_folder=None):
@@ -307,7 +306,7 @@ def make_envs(env_id, num_envs, video_folder=None):
 
 @torch.random.fork_rng(devices=range(min(torch.cuda.device_count(), 1)))
 def evaluate(agent, run_dir, step):
-    """Run episodes without exploration noise, on seeds and random numbers of their own."""
+    """Run episodes without exploration noise; leave training's torch random state as it was."""
     args = agent.args
     seed = args.seed + 10**9
     torch.manual_seed(seed)
@@ -361,7 +360,7 @@ def train(agent, buffer, run_dir, writer):
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
     while step < args.total_timesteps:
-        # Act at random, later by the policy. Learn now, so that a GPU works while a task steps.
+        # Act at random, later by the policy. Update before stepping: a GPU computes meanwhile.
         learning = step >= args.learning_starts
         actions = act(obs) if learning else 2 * torch.rand(args.num_envs, agent.action_dim) - 1
         actions_for_envs = actions.cpu().numpy()
@@ -435,12 +434,12 @@ def main(argv=None):
     device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
     print(f"device: {device}" if torch.cuda.is_available() else "device: cpu (no GPU was found)")
     torch.set_default_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in JAX
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs: faster
     torch.set_flush_denormal(True)  # Tiny numbers slow a CPU down several times.
     torch.manual_seed(args.seed + step)
     np.random.seed(args.seed + step)  # Some tasks draw from it.
-    mujoco.set_mju_user_warning(warnings.warn)  # or MuJoCo prints them many times
-    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # tasks of v4
+    mujoco.set_mju_user_warning(warnings.warn)  # Each MuJoCo warning shows once.
+    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # of v4 tasks
 
     try:
         env = make_env(args.env_id)
@@ -488,8 +487,9 @@ def main(argv=None):
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():
+        # Windows has no SIGHUP, and nohup ignores it.
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP.
+            if signal.getsignal(number) != signal.SIG_IGN:
                 handlers[number] = signal.signal(number, stop)
     try:
         with SummaryWriter(run_dir, purge_step=step + 1) as writer:

@@ -1,22 +1,23 @@
 """Soft Diffusion Actor-Critic (SDAC) in one file: reinforcement learning with a diffusion policy.
 
-The policy network predicts E[ε | a_t, s], the mean of the noise ε in a noised action a_t. Whoever
-can predict it can remove it, and so turn noise into samples of π(a|s) ∝ exp(Q(s, a) / λ) in T
-steps. Reweighted score matching (RSM) computes that mean from the critic Q alone. It needs no
-sample of π, since a_t may come from any action, and no gradient through the sampling chain.
+The goal is the policy π(a|s) ∝ exp(Q(s, a) / λ). Mix an action of π with noise ε into a_t. If a
+network predicts E[ε | a_t, s], the mean of ε given the mixture, it can turn pure noise into samples
+of π in T steps: a diffusion model. But there are no samples of π to train it with. So reweighted
+score matching (RSM) takes any a_t, guesses the action behind it M times, and averages the noises
+that the guesses imply, with weights ∝ exp(Q / λ). No gradient passes through the T steps.
 
     python sdac_continuous_action.py --env-id Humanoid-v4
     python sdac_continuous_action.py --evaluate runs/<run> --capture-video
     python sdac_continuous_action.py --resume runs/<run>
 
 Paper: Ma et al., "Efficient Online Reinforcement Learning for Diffusion Policy", arXiv 2502.00361.
-Notation: s is an observation, a an action in [-1, 1]^d, ε standard normal noise, and
-a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action, where t = 0..T-1 is a level of noise, never a time.
-A batch has B states. Particles are the actions that the policy proposes, K per state; reverse
-samples are guesses â of the action a_0 behind one a_t, M per state.
-Where the defaults differ from the paper (--published returns to it): the T = 6 noise levels are
-even in log(noise/signal); reverse samples are truncated, not clipped, to the box of actions; λ is
-in units of the spread of Q; all learning rates fall linearly to 0.
+Notation: s is an observation, a_0 an action in [-1, 1]^d, ε standard normal noise, and
+a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the level of noise, never a time: t = 0
+has the least noise, not none. Q̄ is a target critic. A batch has B states. Particles are actions
+that the policy proposes, K per state; reverse samples are the guesses â of a_0, M per state.
+The defaults differ from the paper, and --published restores it: noise levels are evenly spaced in
+log(√(1-ᾱ)/√ᾱ); reverse samples are drawn inside the box of actions, and not clipped to it; λ is a
+share of the standard deviation of Q among them; learning rates fall linearly to 0; see PUBLISHED.
 """
 
 import copy
@@ -48,7 +49,7 @@ PUBLISHED = {  # Defaults with --published.
     "policy_lr": 3e-4,
     "q_lr": 3e-4,
     "tau": 0.005,
-    "noise_decay": 27_500,
+    "exploration_decay": 27_500,
     "learning_starts": 30_000,
 }
 
@@ -58,37 +59,37 @@ class Args:
     exp_name: str = Path(__file__).stem  # in the run folder's name
     seed: int = 1  # of all random numbers
     cuda: bool = True  # use a GPU if there is one
-    compile: bool = True  # compile networks on a CPU
+    compile: bool = True  # torch.compile the networks; CPU only
     track: bool = False  # log to Weights & Biases, too
     capture_video: bool = False  # film evaluations, into the run folder
-    evaluate: str | None = None  # run folder of a policy to evaluate
-    resume: str | None = None  # run folder of a training to go on with
+    evaluate: str | None = None  # run folder to evaluate
+    resume: str | None = None  # run folder to continue
 
     env_id: str = "HalfCheetah-v4"  # Gymnasium task
     total_timesteps: int = 1_000_000  # steps, summed over the environments
-    num_envs: int = 5  # environments; each of their steps is followed by one update
+    num_envs: int = 5  # stepped together; one update per joint step
     buffer_size: int = 1_000_000  # transitions to keep
-    learning_starts: int = 10_000  # steps with random actions
+    learning_starts: int = 10_000  # steps with random actions, before any update
     eval_frequency: int = 20_000  # steps between evaluations
-    eval_episodes: int = 10
+    eval_episodes: int = 10  # per evaluation
 
     gamma: float = 0.99  # discount factor
-    tau: float = 0.01  # rate of the moving averages
-    batch_size: int = 256  # transitions
+    tau: float = 0.01  # rate of the moving averages, per policy update
+    batch_size: int = 256  # transitions per update
     policy_lr: float = 1e-3  # learning rate; falls linearly to 0
     q_lr: float = 1e-3  # the same for the critics
-    policy_frequency: int = 2  # critic updates per policy update
-    reward_scale: float = 0.2  # factor of rewards
-    noise_start: float = 0.5  # standard deviation of the exploration noise
-    noise_end: float = 0.1  # what it falls to, exponentially
-    noise_decay: float = 5_000  # time constant of that, in updates
+    policy_frequency: int = 2  # critic updates per update of policy and averages
+    reward_scale: float = 0.2  # factor of all rewards
+    exploration_start: float = 0.5  # standard deviation of the exploration noise; actions span 2
+    exploration_end: float = 0.1  # what it falls to, exponentially
+    exploration_decay: float = 5_000  # time constant of the fall, in updates
 
-    published: bool = False  # the paper's algorithm and sizes
-    mirror_descent: bool = False  # learn pi_old exp(Q/lambda) (DPMD) and not exp(Q/lambda)
+    published: bool = False  # the paper's algorithm; its sizes become the defaults
+    mirror_descent: bool = False  # the paper's other method, DPMD: pi_old exp(Q/lambda)
     denoising_steps: int = 6  # noise levels (T)
-    num_particles: int = 4  # proposed actions per state (K); that with the largest Q is taken
+    num_particles: int = 4  # proposed actions per state (K); the one with the largest Q is taken
     num_reverse_samples: int = 16  # guesses of the action behind a noised action (M)
-    temperature: float = 0.01  # lambda in units of the spread of Q; not with --published
+    temperature: float = 0.01  # lambda in standard deviations of Q; default algorithm only
 
     def check(self):
         limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1), "denoising_steps": (2, 1000)}
@@ -111,7 +112,7 @@ def mish(x):
 
 
 class MLP(nn.Module):
-    """A network of a context, one per state, and of N actions in that state."""
+    """f(context, action), for one context per state and N actions in that state."""
 
     def __init__(self, context_dim, action_dim, output_dim):
         super().__init__()
@@ -122,7 +123,7 @@ class MLP(nn.Module):
 
     def forward(self, context, actions):
         """context (B, c), actions (B, N, d) -> (B, N, output_dim)"""
-        # The first layer is split, so that it meets each context once and not N times.
+        # The first layer is split, to multiply each context once and not N times.
         context_weight, action_weight = self.input_layer.weight.split(self.dims, dim=1)
         context = F.linear(context, context_weight, self.input_layer.bias)
         h = mish(context[:, None] + F.linear(actions, action_weight))
@@ -170,7 +171,7 @@ class ReplayBuffer:
     def __init__(self, size, obs_dim, action_dim):
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(size, sum(self.widths))
-        self.added = 0
+        self.added = 0  # transitions so far, and so the number of environment steps
 
     def add(self, obs, actions, rewards, next_obs, terminations):
         rows = torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None]], dim=1)
@@ -191,10 +192,10 @@ class NoiseSchedule:
 
     def __init__(self, num_steps, published):
         if published:  # β is linear in t.
-            self.initial_std = 0.5  # The authors start the sampling from less noise than 1.
+            self.initial_std = 0.5  # as in the authors' code
             beta = 0.8 * torch.linspace(1e-4, 0.999, num_steps, dtype=torch.float64)
             alpha_bar = torch.cumprod(1 - beta, dim=0)
-        else:  # The ratio of noise to signal grows from 0.05 to 4 by a constant factor.
+        else:  # noise/signal, √(1-ᾱ)/√ᾱ, grows from 0.05 to 4 by a constant factor.
             self.initial_std = 1.0
             log_ratio = torch.linspace(math.log(0.05), math.log(4), num_steps, dtype=torch.float64)
             alpha_bar = 1 / (1 + log_ratio.exp().square())
@@ -213,7 +214,8 @@ class NoiseSchedule:
 
 @torch.no_grad()
 def sample_actions(denoiser, critics, schedule, obs, shape):
-    """Denoise K particles per state, and return the one with the largest min_j Q_j.
+    """Denoise K particles per state, and return the one with the largest min_j Q_j, which is better
+    than any one sample of π.
     obs (B, obs_dim), shape (B, K, d) -> actions (B, d) in [-1, 1]"""
     a_t = schedule.initial_std * torch.randn(shape)
     for t in reversed(range(len(schedule.signal))):
@@ -228,14 +230,14 @@ def sample_actions(denoiser, critics, schedule, obs, shape):
 
 
 def sample_truncated_normal(mean, std, uniform):
-    """Draw from N(mean, std²) restricted to [-1, 1]: the inverse of its distribution function Φ
-    turns uniform numbers into samples. Only small values of Φ are exact in float32, so a negative
-    mean, whose box lies at large ones, is mirrored."""
+    """Draw from N(mean, std²) restricted to [-1, 1]: Φ⁻¹ of a uniform number between the Φ of both
+    ends, where Φ is the CDF of N(0, 1). float32 is precise near Φ = 0 but not near Φ = 1, where the
+    box lies if the mean is negative. So the sample is drawn for |mean|, and mirrored."""
     low = (-1 - mean.abs()) / std
     high = (1 - mean.abs()) / std
     phi_low, phi_high = (torch.special.erfc(-z / math.sqrt(2)) / 2 for z in (low, high))
     probability = phi_low + uniform * (phi_high - phi_low)
-    tiny = torch.finfo(probability.dtype).tiny
+    tiny = torch.finfo(probability.dtype).tiny  # for boxes so far away that both Φ are 0
     z = torch.special.ndtri(probability.clamp(min=tiny)).clamp(low, high)
     sign = torch.where(mean < 0, -1.0, 1.0)
     return (mean + sign * std * z).clamp(-1, 1)
@@ -256,8 +258,9 @@ def reverse_samples(schedule, a_t, t, num_samples, published=False):
 
 
 def rsm_target(eps, q, temperature):
-    """Reweighted score matching. By Bayes' rule p(a_0 | a_t, s) ∝ φ(a_0) exp(Q(s, a_0)/λ). So
-    E[ε | a_t, s] ≈ Σ_i w_i ε_i with the importance weights w = softmax_i(Q(s, â_i)/λ).
+    """Reweighted score matching. By Bayes' rule p(a_0 | a_t, s) ∝ q(a_t | a_0) π(a_0 | s), which
+    is ∝ φ(a_0) exp(Q(s, a_0)/λ). So importance sampling from φ gives E[ε | a_t, s] ≈ Σ_i w_i ε_i
+    with w = softmax_i(Q(s, â_i)/λ).
     eps (B, M, d), q (B, M) -> target (B, d), effective sample size 1/Σ w_i² (B,)"""
     weights = torch.softmax(q / temperature, dim=1)
     return (weights[..., None] * eps).sum(1), 1 / weights.square().sum(1)
@@ -265,8 +268,8 @@ def rsm_target(eps, q, temperature):
 
 # ---- Agent
 class CudaGraph:
-    """A function of tensors. On a GPU the kernels of its third call are recorded, and from then on
-    launched all at once, on copies of the arguments and into the same results."""
+    """A function of tensors. On a GPU the kernels of its third call are recorded, and later calls
+    launch them all at once. Each call overwrites the results of the last."""
 
     def __init__(self, function):
         self.function = function
@@ -274,7 +277,7 @@ class CudaGraph:
 
     def __call__(self, *tensors):
         self.calls += 1
-        if not tensors[0].is_cuda or self.calls < 3:  # The first two calls allocate Adam's state.
+        if not tensors[0].is_cuda or self.calls < 3:  # Two calls to warm up
             return self.function(*tensors)
 
         if self.calls == 3:
@@ -314,7 +317,7 @@ class Agent(nn.Module):
         self.critics = Critics(obs_dim, action_dim)
         self.average_policy = copy.deepcopy(self.policy)
         self.target_critics = copy.deepcopy(self.critics)
-        self.register_buffer("exploration_std", torch.tensor(args.noise_start))
+        self.register_buffer("exploration_std", torch.tensor(args.exploration_start))
         self.schedule = NoiseSchedule(args.denoising_steps, args.published)
 
         adam = partial(torch.optim.Adam, fused=True, capturable=self.exploration_std.is_cuda)
@@ -326,7 +329,7 @@ class Agent(nn.Module):
         self.update_policy = CudaGraph(self.update_policy)
 
     def act(self, obs, policy=None, explore=True):
-        """Return actions (B, d) of the given policy, by default of the averaged one."""
+        """Return actions (B, d) of the given policy, by default of the averaged, steadier one."""
         policy = policy or self.average_policy
         shape = (len(obs), self.args.num_particles, self.action_dim)
         a = sample_actions(policy, self.critics, self.schedule, obs, shape)
@@ -342,26 +345,29 @@ class Agent(nn.Module):
 
         # Lower the learning rates, which are tensors for the sake of CUDA graphs.
         policy_factor = q_factor = 1 - progress
-        if args.published:  # The policy's rate falls to a tenth, and the critics' stays as it is.
+        if args.published:  # The policy's falls to a tenth, from 26% to 77% of training.
             policy_factor = 1 - 0.9 * min(max((progress - 0.26) / (0.77 - 0.26), 0), 1)
             q_factor = 1
         self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * policy_factor)
         self.q_optimizer.param_groups[0]["lr"].fill_(args.q_lr * q_factor)
 
         # Lower the exploration noise.
-        decay = math.exp(-self.updates / args.noise_decay)
-        self.exploration_std.fill_(args.noise_end + (args.noise_start - args.noise_end) * decay)
+        decay = math.exp(-self.updates / args.exploration_decay)
+        self.exploration_std.fill_(
+            args.exploration_end + (args.exploration_start - args.exploration_end) * decay
+        )
 
         metrics, next_actions = self.update_critics(*batch)
         self.metrics.update(metrics)
         if self.updates % args.policy_frequency == 0:
+            # Any states and actions would do, and these have been sampled already.
             self.metrics.update(self.update_policy(next_obs, next_actions))
             update_average(self.target_critics, self.critics, args.tau)
             update_average(self.average_policy, self.policy, args.tau)
 
     def update_critics(self, obs, actions, rewards, next_obs, terminations):
-        """Fit Q_j to r + γ min_j Q̄_j(s', a'), where a' has exploration noise as in the environment.
-        There is no entropy bonus as in SAC: a diffusion policy has no density in closed form."""
+        """Fit Q_j to r + γ min_j Q̄_j(s', a'), where the exploration noise in a' smooths Q̄, as
+        in TD3. Unlike in SAC there is no entropy bonus: the density of a' is not known."""
         args = self.args
         next_actions = self.act(next_obs, policy=self.policy)
         with torch.no_grad():
@@ -374,7 +380,7 @@ class Agent(nn.Module):
         return {"q_values": q.detach().mean(), "q_loss": loss.detach()}, next_actions
 
     def update_policy(self, obs, actions):
-        """Noise the actions, and regress the policy on the mean of the noise in them."""
+        """Noise the actions, and let the policy predict what the noise is on average."""
         t = torch.randint(self.args.denoising_steps, (len(obs),))
         eps = torch.randn(actions.shape)
         a_t = self.schedule.signal[t, None] * actions + self.schedule.noise[t, None] * eps
@@ -385,7 +391,7 @@ class Agent(nn.Module):
             loss = (weights * (prediction - eps).square().sum(1)).mean()
             metrics = {}
         else:
-            # The RSM loss Σ w_i ‖ε_θ - ε_i‖² has the same gradient as ‖ε_θ - Σ w_i ε_i‖².
+            # The RSM loss Σ w_i ‖ε_θ - ε_i‖² has the gradient of ‖ε_θ - Σ w_i ε_i‖², as Σ w_i = 1.
             target, metrics = self.estimate_noise(obs, a_t, t)
             loss = (prediction - target).square().sum(1).mean()
         gradient_step(self.policy_optimizer, loss)
@@ -399,16 +405,17 @@ class Agent(nn.Module):
         a_hat, eps = reverse_samples(self.schedule, a_t, t, m, args.published)
         q = self.critics.minimum(obs, a_hat)
         if args.published:
-            temperature = 2 * self.exploration_std
+            temperature = 2 * self.exploration_std  # The authors lower both together.
         else:
+            # A small λ: nearly the best guess alone counts.
             temperature = args.temperature * q.std(1, correction=0).mean().clamp(min=1e-8)
         target, sample_size = rsm_target(eps, q, temperature)
         return target, {"temperature": temperature, "effective_sample_size": sample_size.mean()}
 
     @torch.no_grad()
     def mirror_descent_weights(self, obs, actions):
-        """Diffusion policy mirror descent (DPMD): actions of the current policy have the weights
-        exp(Q/λ), so that π_new ∝ π_old exp(Q/λ). Here Q is standardised and λ is the authors' α."""
+        """Diffusion policy mirror descent (DPMD): fit the policy to its own actions, weighted
+        by exp(Q/λ); so π_new ∝ π_old exp(Q/λ). Q is standardised, and λ = 10 exploration_std."""
         q = self.critics.minimum(obs, actions[:, None])[:, 0]
         standardised = ((q - q.mean()) / q.std(correction=0).clamp(min=1e-8)).clamp(-3, 3)
         return (standardised / (10 * self.exploration_std)).exp()
@@ -431,7 +438,7 @@ def make_env(env_id, video_folder=None):
         return np.clip(action, space.low, space.high)  # Rounding must not leave the bounds.
 
     env = gym.wrappers.TransformAction(env, rescale, gym.spaces.Box(-1, 1, (centre.size,)))
-    return gym.wrappers.FlattenObservation(env)  # It also copies: some tasks reuse their array.
+    return gym.wrappers.FlattenObservation(env)  # a copy: some tasks reuse arrays
 
 
 def make_envs(env_id, num_envs, video_folder=None):
@@ -442,7 +449,7 @@ def make_envs(env_id, num_envs, video_folder=None):
 
 @torch.random.fork_rng(devices=range(min(torch.cuda.device_count(), 1)))
 def evaluate(agent, run_dir, step):
-    """Run episodes without exploration noise, on seeds and random numbers of their own."""
+    """Run episodes without exploration noise; leave training's torch random state as it was."""
     args = agent.args
     seed = args.seed + 10**9
     torch.manual_seed(seed)
@@ -496,7 +503,7 @@ def train(agent, buffer, run_dir, writer):
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
     while step < args.total_timesteps:
-        # Act at random, later by the policy. Learn now, so that a GPU works while a task steps.
+        # Act at random, later by the policy. Update before stepping: a GPU computes meanwhile.
         learning = step >= args.learning_starts
         actions = act(obs) if learning else 2 * torch.rand(args.num_envs, agent.action_dim) - 1
         actions_for_envs = actions.cpu().numpy()
@@ -571,13 +578,13 @@ def main(argv=None):
     step = state["step"] if state else 0
     device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
     print(f"device: {device}" if torch.cuda.is_available() else "device: cpu (no GPU was found)")
-    torch.set_default_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in JAX
+    torch.set_default_device(device)  # of every tensor made in this file
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs: faster
     torch.set_flush_denormal(True)  # Tiny numbers slow a CPU down several times.
     torch.manual_seed(args.seed + step)
     np.random.seed(args.seed + step)  # Some tasks draw from it.
-    mujoco.set_mju_user_warning(warnings.warn)  # or MuJoCo prints them many times
-    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # tasks of v4
+    mujoco.set_mju_user_warning(warnings.warn)  # Each MuJoCo warning shows once.
+    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # of v4 tasks
 
     try:
         env = make_env(args.env_id)
@@ -625,8 +632,9 @@ def main(argv=None):
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():
+        # Windows has no SIGHUP, and nohup ignores it.
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP.
+            if signal.getsignal(number) != signal.SIG_IGN:
                 handlers[number] = signal.signal(number, stop)
     try:
         with SummaryWriter(run_dir, purge_step=step + 1) as writer:
