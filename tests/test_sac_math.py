@@ -1,132 +1,212 @@
-"""SAC: the squashed Gaussian's density, the soft Bellman target and the temperature."""
+"""The mathematics of sac_continuous_action.py against closed forms, quadrature and plain loops."""
 
+import copy
+import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_sdac_math import first_adam_step, mlp
+from torch.distributions import Normal
 
 import sac_continuous_action as sac
+import sdac_continuous_action as sdac
 
 
-def squashed_gaussian(mean, log_std, n, seed=0):
-    """n samples and log-densities of sample_actions for a policy with this mean and log std in every state."""
-    mean, log_std = (torch.tensor(x, dtype=torch.float64).expand(n, -1) for x in (mean, log_std))
-    return sac.sample_actions(lambda obs: (mean, log_std), None, torch.Generator().manual_seed(seed))
+@pytest.fixture
+def float64():
+    """The script computes in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.8, 0.5), (-1.5, 1.0), (0.3, 2.0)])
-def test_density_integrates_over_the_box(mean, std):
-    """exp(log π), integrated over sorted samples with the trapezoid rule, is the distribution function of a."""
-    actions, log_prob = squashed_gaussian([mean], [math.log(std)], 400_000)
+def test_what_is_not_the_algorithm_is_the_same_code_as_in_sdac():
+    """So the tests of these parts of SDAC hold here, too."""
+    for name in "mish MLP Critics ReplayBuffer CudaGraph gradient_step update_average".split():
+        here, there = (inspect.getsource(getattr(script, name)) for script in (sac, sdac))
+        assert here == there, name
+
+
+# ---- The squashed Gaussian
+def sample(mean, std, n):
+    """n actions and log-densities of a policy with this mean and deviation in every state."""
+    mean, log_std = torch.tensor(mean).expand(n, -1), torch.tensor(std).log().expand(n, -1)
+    torch.manual_seed(0)
+    return sac.sample_actions(lambda obs: (mean, log_std), None)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.8, 0.5), (-1.5, 1.0), (0.3, 2.0)])
+def test_density_integrates_to_the_distribution_function(float64, mean, std):
+    """The integral of exp(log π) up to an action is the share of samples below it; in all, 1."""
+    n = 400_000
+    actions, log_prob = sample([mean], [std], n)
     actions, order = actions[:, 0].sort()
     cdf = torch.cumulative_trapezoid(log_prob[order].exp(), actions)
-    empirical = torch.arange(1, len(actions)) / len(actions)
-    # Kolmogorov-Smirnov: sup |F_n - F| < 2/√n with probability 0.9993
-    assert (cdf - empirical).abs().max() < 2 / math.sqrt(len(actions)) + 1e-3
+    share = torch.arange(1, n) / n
+    # Kolmogorov and Smirnov: below 2/√n with probability 0.9993
+    assert (cdf - share).abs().max() < 2 / math.sqrt(n) + 1e-3
     assert abs(cdf[-1] - 1) < 2e-3
 
 
-def test_density_of_several_dimensions_is_the_change_of_variables():
-    """log π against the density of atanh(a) under the Gaussian and a Jacobian by finite differences."""
-    mean, std = torch.tensor([0.2, -0.7, 0.0], dtype=torch.float64), torch.tensor([0.5, 0.3, 0.9], dtype=torch.float64)
-    actions, log_prob = squashed_gaussian(mean.tolist(), std.log().tolist(), 1000)
+def test_density_of_several_dimensions_is_the_change_of_variables(float64):
+    """The Gaussian's density at atanh(a), times a derivative of atanh by finite differences."""
+    mean, std = [0.2, -0.7, 0.0], [0.5, 0.3, 0.9]
+    actions, log_prob = sample(mean, std, 1000)
     h = 1e-6 * (1 - actions.abs())
-    slope = (torch.atanh(actions + h) - torch.atanh(actions - h)) / (2 * h)  # du/da
-    density = torch.exp(-(((torch.atanh(actions) - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi)) * slope
-    torch.testing.assert_close(log_prob, density.prod(1).log(), rtol=1e-6, atol=1e-6)
+    slope = ((actions + h).atanh() - (actions - h).atanh()) / (2 * h)
+    normal = Normal(torch.tensor(mean), torch.tensor(std))
+    expected = (normal.log_prob(actions.atanh()) + slope.log()).sum(1)
+    torch.testing.assert_close(log_prob, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_entropy_is_that_of_quadrature():
-    """-E[log π] by Monte Carlo against -∫ p log p da on a grid of the open interval."""
-    u = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
-    mean, std = 0.5, 0.8
-    normal = torch.exp(-(((u - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi))
-    a, p = u.tanh(), normal * u.cosh() ** 2
+def test_entropy_is_that_of_quadrature(float64):
+    """-E[log π] by samples, and -∫ p log p da on a grid."""
+    u, (mean, std) = torch.linspace(-12, 12, 200_001), (0.5, 0.8)
+    a, p = u.tanh(), Normal(mean, std).log_prob(u).exp() * u.cosh() ** 2
     inside = a.abs() < 1
     entropy = torch.trapezoid(-(p * p.log())[inside], a[inside])
-    _, log_prob = squashed_gaussian([mean], [math.log(std)], 400_000)
-    assert abs(-log_prob.mean() - entropy) < 4 * log_prob.std() / math.sqrt(len(log_prob)) + 1e-4
+    n = 400_000
+    _, log_prob = sample([mean], [std], n)
+    assert abs(-log_prob.mean() - entropy) < 4 * log_prob.std() / math.sqrt(n) + 1e-4
 
 
 @pytest.mark.parametrize("mean", [-30.0, 30.0])
-def test_saturated_actions_have_finite_density(mean):
+def test_saturated_actions_have_a_finite_density(mean):
     """Far out, log(1 - tanh² u) is 2 log 2 - 2|u|, where 1 - tanh² u itself is 0 in float32."""
-    n = 100
-    eps = torch.randn(n, 1, generator=torch.Generator().manual_seed(3))
-    policy = lambda obs: (torch.full((n, 1), mean), torch.zeros(n, 1))  # noqa: E731
-    actions, log_prob = sac.sample_actions(policy, None, torch.Generator().manual_seed(3))
-    u = (mean + eps[:, 0]).double()
-    expected = -(eps[:, 0].double() ** 2) / 2 - 0.5 * math.log(2 * math.pi) - 2 * math.log(2) + 2 * u.abs()
+    actions, log_prob = sample([mean], [1.0], 100)
+    torch.manual_seed(0)
+    eps = torch.randn(100, 1)[:, 0].double()
+    expected = Normal(0, 1).log_prob(eps) - 2 * math.log(2) + 2 * (mean + eps).abs()
     torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-4)
     assert actions.abs().max() <= 1
 
 
-def make_agent_and_batch(**settings):
+# ---- An update
+def q_values(critics, s, a):
+    return mlp(critics.q1, s, a)[0], mlp(critics.q2, s, a)[0]
+
+
+def draw(actor, states):
+    """For each state an action and its log-density, with log_std between -5 and 2."""
+    eps, pairs = torch.randn(len(states), 2), []
+    for s, e in zip(states, eps, strict=True):
+        mean, x = mlp(actor, s).split(2)
+        log_std = -5 + 7 * torch.sigmoid(2 * x)
+        a = torch.tanh(mean + log_std.exp() * e)
+        density = Normal(mean, log_std.exp()).log_prob(mean + log_std.exp() * e)
+        pairs.append((a, (density - (1 - a**2).log()).sum()))
+    return pairs
+
+
+def make_agent_and_batch(**choices):
+    """An agent with target critics that are not its critics, and eight transitions."""
     torch.manual_seed(0)
-    agent = sac.Agent(sac.Args(compile=False, **settings), 3, 2, torch.device("cpu"))
-    g = torch.Generator().manual_seed(1)
-    obs, next_obs = torch.randn(8, 3, generator=g), torch.randn(8, 3, generator=g)
-    actions, rewards = torch.rand(8, 2, generator=g) * 2 - 1, torch.randn(8, generator=g)
-    return agent, (obs, actions, rewards, next_obs, torch.tensor([0.0, 1, 0, 1, 0, 0, 1, 0]))
+    agent = sac.Agent(sac.Args(**choices), 3, 2)
+    for parameter in agent.target_critics.parameters():
+        parameter.data *= 1.3
+    obs, next_obs, actions = torch.randn(8, 3), torch.randn(8, 3), 2 * torch.rand(8, 2) - 1
+    terminations = torch.tensor([0.0, 1, 0, 1, 0, 0, 1, 0])
+    return agent, (obs, actions, 3 * torch.randn(8), next_obs, terminations)
 
 
-def test_critic_loss_is_the_soft_bellman_error():
-    """The first update's losses equal a loop over transitions with both critics evaluated one by one."""
-    agent, (obs, actions, rewards, next_obs, terminations) = make_agent_and_batch(reward_scale=0.5, gamma=0.9)
-    with torch.no_grad():
-        agent.log_alpha.fill_(math.log(0.3))
-        for parameter in agent.target_critics.parameters():
-            parameter.mul_(1.5)  # tell the target critics from the online ones
-        next_actions, log_prob = sac.sample_actions(agent.policy, next_obs, torch.Generator().manual_seed(2))
-        expected = torch.zeros(2)
-        for i in range(8):
-            q_next = agent.target_critics(next_obs[i : i + 1], next_actions[i][None, None]).flatten()
-            target = 0.5 * rewards[i]
-            if terminations[i] == 0:
-                target += 0.9 * (min(q_next[0], q_next[1]) - 0.3 * log_prob[i])
-            expected += (agent.critics(obs[i : i + 1], actions[i][None, None]).flatten() - target) ** 2 / 8
-    metrics = agent.update((obs, actions, rewards, next_obs, terminations), torch.Generator().manual_seed(2))
-    torch.testing.assert_close(torch.stack([metrics["qf1_loss"], metrics["qf2_loss"]]), expected)
+def test_one_update_is_its_recomputation_by_loops(float64):
+    """Soft Bellman target, policy, α, averages and learning rates, at progress 0.4."""
+    agent, batch = make_agent_and_batch(policy_lr=2e-3, q_lr=5e-3, tau=0.1, gamma=0.9)
+    agent.log_alpha.data.fill_(math.log(0.3))
+    nets = SimpleNamespace(**{name: copy.deepcopy(net) for name, net in agent.named_children()})
+
+    torch.manual_seed(5)
+    q_loss, values, smaller = 0, [], set()
+    transitions = zip(*batch, draw(nets.policy, batch[3]), strict=True)
+    for s, a, reward, next_s, terminated, (next_a, log_prob) in transitions:
+        y = 0.2 * reward
+        if not terminated:
+            q_1, q_2 = q_values(nets.target_critics, next_s, next_a)
+            smaller.add((q_1 < q_2).item())
+            y = y + 0.9 * (min(q_1, q_2) - 0.3 * log_prob).detach()
+        for q in q_values(nets.critics, s, a):
+            values.append(q.item())
+            q_loss = q_loss + (q - y) ** 2 / 8
+    assert len(smaller) == 2  # Neither network is always the smaller.
+    first_adam_step(nets.critics, q_loss, 0.6 * 5e-3)
+
+    pairs = draw(nets.policy, batch[0])
+    entropy = -sum(log_prob for _, log_prob in pairs) / 8
+    soft_values = [
+        min(q_values(nets.critics, s, a)) - 0.3 * log_prob
+        for s, (a, log_prob) in zip(batch[0], pairs, strict=True)
+    ]
+    policy_loss = -sum(soft_values) / 8
+    first_adam_step(nets.policy, policy_loss, 0.6 * 2e-3)
+    for old, new in zip(nets.target_critics.parameters(), nets.critics.parameters(), strict=True):
+        old.data = 0.1 * new.data + 0.9 * old.data
+
+    torch.manual_seed(5)
+    agent.update(batch, 0.4)
+    expected = {"q_values": sum(values) / 16, "q_loss": q_loss.item(), "alpha": 0.3}
+    expected |= {"policy_loss": policy_loss.item(), "entropy": entropy.item()}
+    assert {k: v.item() for k, v in agent.metrics.items()} == pytest.approx(expected, rel=1e-9)
+    gradient = 0.3 * (entropy.item() + 2)
+    assert agent.log_alpha.grad.item() == pytest.approx(gradient, rel=1e-9)
+    for name, network in agent.named_children():
+        pairs = zip(network.parameters(), getattr(nets, name).parameters(), strict=True)
+        for found, reference in pairs:
+            torch.testing.assert_close(found, reference, rtol=0, atol=1e-9)
+            torch.testing.assert_close(found.grad, reference.grad, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("q_scale, alpha", [(100.0, 0.01), (0.0, 1.0)])
-def test_policy_ascends_the_soft_value(q_scale, alpha):
-    """Policy updates at fixed critics reach the best min_j Q_j of many random actions if α is small, and the uniform
-    distribution's entropy, 2 log 2, if Q is flat."""
-    agent, batch = make_agent_and_batch(q_lr=1e-12, alpha_lr=1e-12, policy_lr=3e-3)
-    obs, g = batch[0], torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        agent.log_alpha.fill_(math.log(alpha))
-        agent.critics.weights[-1].mul_(q_scale)
-    for _ in range(300):
-        metrics = agent.update(batch, g)
-    with torch.no_grad():
-        tried = agent.critics(obs, torch.rand(8, 5000, 2, generator=g) * 2 - 1).amin(0)[..., 0]
-        reached = agent.critics(obs, agent.policy(obs)[0].tanh()[:, None]).amin(0)[:, 0, 0]
-    if q_scale:
-        assert (reached > tried.quantile(0.95, dim=1)).all()
+@pytest.mark.parametrize(("alpha", "q_scale"), [(0.01, 100), (1.0, 0)])
+def test_the_policy_ascends_the_soft_value(alpha, q_scale):
+    """With critics and α held, it comes to the best of many random actions if α is small, and to
+    the entropy of uniform actions, 2 log 2, if Q is flat."""
+    agent, batch = make_agent_and_batch(q_lr=1e-12, policy_lr=3e-3)
+    agent.log_alpha.data.fill_(math.log(alpha))
+    for critic in (agent.critics.q1, agent.critics.q2):
+        critic.output_layer.weight.data *= q_scale
+    for _ in range(100):
+        agent.update(batch, 0)
+    if q_scale == 0:
+        assert abs(agent.metrics["entropy"] - 2 * math.log(2)) < 0.3
     else:
-        assert abs(metrics["entropy"] - 2 * math.log(2)) < 0.3
+        tried = agent.critics.minimum(batch[0], 2 * torch.rand(8, 1000, 2) - 1)
+        actions = agent.act(batch[0], explore=False)
+        reached = agent.critics.minimum(batch[0], actions[:, None])[:, 0]
+        assert (reached > tried.quantile(0.95, dim=1)).all()
 
 
-@pytest.mark.parametrize("bias, direction", [(-1.0, 1), (0.458, -1)])
-def test_temperature_moves_the_entropy_to_its_target(bias, direction):
-    """α rises while the policy's entropy is below -d and falls while it is above."""
-    agent, batch = make_agent_and_batch(policy_lr=1e-12)
-    with torch.no_grad():  # standard deviation about e^-4, and about 1
-        agent.policy.layers[-1].weight.zero_()
-        agent.policy.layers[-1].bias.copy_(torch.tensor([0.0, 0, bias, bias]))
-    metrics = agent.update(batch, torch.Generator().manual_seed(5))
-    assert (metrics["entropy"] < -2) == (direction > 0)
-    # Adam's first step is the learning rate in the direction of the gradient
-    torch.testing.assert_close(agent.log_alpha.item(), direction * 3e-4, rtol=1e-3, atol=0)
+@pytest.mark.parametrize(("bias", "direction"), [(-1.0, 1), (0.458, -1)])
+def test_alpha_rises_while_the_entropy_is_below_its_target_and_falls_above(bias, direction):
+    """The target is -d = -2; the first step of Adam is the learning rate, uphill or downhill."""
+    agent, batch = make_agent_and_batch(policy_lr=1e-12, q_lr=3e-4)
+    agent.policy.output_layer.weight.data.zero_()
+    agent.policy.output_layer.bias.data = torch.tensor([0.0, 0, bias, bias])
+    agent.update(batch, 0)
+    assert (agent.metrics["entropy"] < -2) == (direction > 0)
+    assert agent.log_alpha.item() == pytest.approx(direction * 3e-4, rel=1e-3)
 
 
-def test_target_critics_follow_by_tau():
-    """They start as the critics; after one update each parameter is τ of the new critic's and 1-τ of its old value."""
-    agent, batch = make_agent_and_batch(tau=0.25)
-    old = [p.clone() for p in agent.critics.parameters()]
-    agent.update(batch, torch.Generator().manual_seed(6))
-    for before, after, online in zip(old, agent.target_critics.parameters(), agent.critics.parameters(), strict=True):
-        assert not torch.equal(before, online)
-        torch.testing.assert_close(after.double(), 0.25 * online.double() + 0.75 * before.double())
+def test_actions_are_samples_and_without_exploration_the_tanh_of_the_mean():
+    agent, (obs, *_) = make_agent_and_batch()
+    expected = torch.stack([mlp(agent.policy, s)[:2].tanh() for s in obs])
+    torch.testing.assert_close(agent.act(obs, explore=False), expected)
+    torch.manual_seed(1)
+    expected = torch.stack([a for a, _ in draw(agent.policy, obs)])
+    torch.manual_seed(1)
+    torch.testing.assert_close(agent.act(obs), expected)
+
+
+def test_target_critics_start_as_copies():
+    agent = sac.Agent(sac.Args(), 3, 2)
+    for pair in zip(agent.target_critics.parameters(), agent.critics.parameters(), strict=True):
+        assert torch.equal(*pair) and pair[0].data_ptr() != pair[1].data_ptr()
+
+
+def test_learning_rates_fall_linearly_to_0_and_that_of_alpha_stays():
+    agent, batch = make_agent_and_batch(policy_lr=2e-3, q_lr=5e-3)
+    for progress in (0, 0.25, 0.9, 1):
+        agent.update(batch, progress)
+        found = [optimizer.param_groups[0]["lr"].item() for optimizer in agent.optimizers]
+        expected = [2e-3 * (1 - progress), 5e-3 * (1 - progress), 5e-3]
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-12)
