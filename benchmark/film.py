@@ -1,14 +1,12 @@
-"""Film trained policies side by side, as one small looping picture (GIF or WebP).
+"""Film trained policies side by side, as a small looping picture (GIF or WebP).
 
-    python benchmark/film.py runs/<early> runs/<late> --labels "10,000 steps" "1,000,000 steps" --out film.webp
+    python benchmark/film.py runs/<early> runs/<late> --labels before after --out film.webp
 
-A run is a run folder, model.pt or checkpoint.pt of either script. Each policy plays the first --seconds of an episode
-from the same start, without exploration noise; a film that ends early stays on its last frame. Without a display set
-MUJOCO_GL=egl or MUJOCO_GL=osmesa, as for --capture-video."""
+Every policy plays the first --seconds of an episode from the same start, without exploration noise;
+an episode that ends early stays on its last frame. Without a display set MUJOCO_GL=egl (with a GPU)
+or MUJOCO_GL=osmesa.
+"""
 
-import argparse
-import importlib
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -16,36 +14,27 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from common import command_line, load
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-def load(path):
-    """The arguments and the trained agent of a run."""
-    contents = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    sdac = "denoising_steps" in torch.load(contents, map_location="cpu", weights_only=True)["args"]
-    sys.path.insert(0, str(ROOT))
-    script = importlib.import_module("sdac_continuous_action" if sdac else "sac_continuous_action")
-    args, state = script.parse(["--evaluate", str(path), "--no-compile", "--no-cuda"])
-    agent = script.Agent(args, *script.validate(args), torch.device("cpu"))
-    agent.load_state_dict(state["agent"])
-    return args, agent
-
-
-def film(args, agent, seed, seconds, frames_per_second, size):
-    """Frames (height, width, 3) of an episode's first seconds, evenly spaced in the task's own time."""
-    env = gym.make(args.env_id, render_mode="rgb_array", width=size[0], height=size[1])
+def film(agent, seed, seconds, frames_per_second, size):
+    """Frames (height, width, 3) of an episode's first seconds, evenly spaced in the task's time."""
+    env = gym.make(agent.args.env_id, render_mode="rgb_array", width=size[0], height=size[1])
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    with suppress(AttributeError, KeyError):  # a task of MuJoCo's with a camera that follows
+    with suppress(AttributeError, KeyError):  # Only some tasks have a camera that follows.
         env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
+    torch.manual_seed(seed)
+    obs, _ = env.reset(seed=seed)
+    over = False
+    frames = []
     steps_per_frame = max(round(env.metadata["render_fps"] / frames_per_second), 1)
-    obs, over, frames, generator = env.reset(seed=seed)[0], False, [], torch.Generator().manual_seed(seed)
     for step in range(int(seconds * env.metadata["render_fps"])):
         if step % steps_per_frame == 0:
             frames.append(frames[-1] if over else env.render())
         if not over:
-            action = agent.act(torch.as_tensor(obs, dtype=torch.float32)[None], generator, explore=False)[0]
+            obs = torch.as_tensor(obs, dtype=torch.float32).flatten()
+            action = agent.act(obs[None], explore=False)[0]
             obs, _, terminated, truncated, _ = env.step(action.numpy())
             over = terminated or truncated
     env.close()
@@ -60,27 +49,32 @@ def label(frame, text):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--labels", nargs="+", help="a line for each run (default: its number of steps)")
+    parser = command_line(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of either script")
+    parser.add_argument("--labels", nargs="+", help="one per run (default: its steps)")
     parser.add_argument("--out", type=Path, default=Path("film.webp"))
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--frames-per-second", type=int, default=12)
-    parser.add_argument("--size", type=int, nargs=2, default=(240, 180), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--size", type=int, nargs=2, default=(240, 180))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if options.labels and len(options.labels) != len(options.runs):
-        parser.error(f"--labels has {len(options.labels)} lines for {len(options.runs)} runs; give one for each")
+    labels = options.labels or [None] * len(options.runs)
     warnings.filterwarnings("ignore", message=".*out of date")
+
     films = []
-    for run, text in zip(options.runs, options.labels or [None] * len(options.runs), strict=True):
-        try:
-            args, agent = load(run)
-        except Exception as error:  # damaged files raise many kinds of errors
-            parser.error(f"{run} is no run of this version ({type(error).__name__}: {error})")
-        frames = film(args, agent, options.seed, options.seconds, options.frames_per_second, options.size)
-        films.append([label(frame, text or f"{args.total_timesteps:,} steps") for frame in frames])
+    for run, text in zip(options.runs, labels, strict=True):
+        agent, state = load(run)
+        args = (options.seed, options.seconds, options.frames_per_second, options.size)
+        text = text or f"{state['step']:,} steps"
+        films.append([label(frame, text) for frame in film(agent, *args)])
     pictures = [Image.fromarray(np.hstack(frames)) for frames in zip(*films, strict=False)]
     duration = 1000 / options.frames_per_second
-    pictures[0].save(options.out, save_all=True, append_images=pictures[1:], duration=duration, loop=0, quality=60)
+    pictures[0].save(
+        options.out,
+        save_all=True,
+        append_images=pictures[1:],
+        duration=duration,
+        loop=0,
+        quality=60,
+    )
     print(f"{options.out}: {len(pictures)} frames, {options.out.stat().st_size / 1e6:.2f} MB")

@@ -1,167 +1,142 @@
-"""Draw learning curves and a table of finished runs, from the files that benchmark/record.py keeps.
+"""Draw learning curves and write a table of results, from files that are in this repository.
 
-    python benchmark/plot.py [FOLDER ...]       # folders under benchmark/results; default: all that have runs
+    python benchmark/plot.py [NAME ...]    # folders under benchmark/results, by default all
 
-Writes into each folder curves.png, evaluation return against environment steps, time.png, the same against wall time
-(mean over seeds at equal steps), and table.md. Curves are means over seeds with 95% bootstrap intervals (SciPy,
-percentile method, seeds resampled; with three seeds a rough one). The last panel of curves.png aggregates tasks: the
-interquartile mean (Agarwal et al., 2021) of normalised final scores, 0 for random actions and 1 for the reference
-below, seeds resampled within tasks. Table: final and best evaluation, mean ± standard deviation over seeds. Runs of
-unequal lengths are cut to the steps that all seeds have; the table then says "60,000 of 100,000"."""
+Writes curves.png and table.md into each folder. Curves: mean over seeds of the return of an
+evaluation, with 95% bootstrap intervals of that mean (percentile method, seeds resampled; with
+three seeds a rough one). Dotted: the highest that others report after a million steps. Table: the
+last and the best evaluation, mean ± standard deviation over seeds. Seeds of unequal length are cut
+to the steps that all have.
+"""
 
-import argparse
 import csv
 import json
 import math
-from pathlib import Path
 
-import matplotlib
 import numpy as np
+from common import RESULTS, command_line
+from matplotlib.figure import Figure
 from scipy import stats
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-RESULTS = Path(__file__).resolve().parent / "results"
-# What others report after a million steps, mostly the best evaluation of a run, some on -v3 or -v5 of the task; README,
-# Results, has the sources. Then the score that is 1 in the aggregate.
+# Lowest and highest return of SDAC and SAC after a million steps, mostly the best evaluation of a
+# run, some on -v3 or -v5 of the task. Sources: code and logs of SDAC's authors
+# (github.com/mahaitongdae/diffusion_policy_online_rl), and the comparisons in arXiv 2603.27450
+# (FlowRL) and arXiv 2605.30056 (CGPO). They disagree with each other.
 PUBLISHED = {
-    "HalfCheetah-v4": ("SDAC 11.2k to 12.5k, SAC 10.3k to 11.1k", 12_500),
-    "Ant-v4": ("SDAC 1.4k to 5.6k, SAC 5.0k to 5.4k", 5_600),
-    "Humanoid-v4": ("SDAC 4.4k to 5.1k, SAC 5.2k to 6.6k", 5_100),
-    "Walker2d-v4": ("SDAC 4.3k to 4.9k, SAC 4.5k to 4.9k", 4_900),
-    "Hopper-v4": ("SDAC 3.0k, SAC 2.8k to 3.0k", 3_300),
-    "InvertedPendulum-v4": ("1000", 1_000),
-    "InvertedDoublePendulum-v4": ("9360", 9_360),
-    "Reacher-v4": ("about -4", -4),
-    "Swimmer-v4": ("75 to 80", 80),
+    "HalfCheetah-v4": {"sdac": (11_200, 12_500), "sac": (10_300, 11_100)},
+    "Ant-v4": {"sdac": (600, 5_600), "sac": (5_000, 5_400)},
+    "Humanoid-v4": {"sdac": (4_400, 5_100), "sac": (5_200, 6_600)},
+    "Walker2d-v4": {"sdac": (4_300, 4_900), "sac": (4_500, 4_900)},
+    "Hopper-v4": {"sdac": (3_000, 3_000), "sac": (2_800, 3_000)},
 }
 
 
-class Runs:
-    """The runs of one name on one task: evaluations as arrays (seeds, evaluations), cut to the steps that all have."""
-
-    def __init__(self, task, name, runs):
-        every = [{int(row["global_step"]) for row in rows} for _, rows in runs]
-        steps = set.intersection(*every)
-        if not steps:
-            raise ValueError(f"the seeds of {name} on {task} have no evaluation at a common step")
-        self.task, self.longest = task, max(set.union(*every))
-        self.facts, self.steps = [facts for facts, _ in runs], np.array(sorted(steps))
-        columns = [[row for row in rows if int(row["global_step"]) in steps] for _, rows in runs]
-        self.returns = np.array([[float(row["episodic_return"]) for row in rows] for rows in columns])
-        self.seconds = np.array([[float(row["seconds"]) for row in rows] for rows in columns])
-        self.bands = np.array([interval((values,), np.mean) for values in self.returns.T])
-        self.updates = int(columns[0][-1]["updates"])
-        self.random = np.mean([facts["random_policy"]["mean"] for facts in self.facts])
+def label(setting):
+    """sdac-per-step -> SDAC per step"""
+    words = setting.removesuffix("_continuous_action").split("-")
+    return " ".join(word.upper() if word in ("sdac", "sac", "dpmd") else word for word in words)
 
 
 def read(folder):
-    """{task: {name: Runs}} of a folder of results."""
+    """{task: {setting: rows of metrics of every seed}}, SDAC first, then by length"""
+
+    def key(path):
+        setting = path.stem.split("__")[1]
+        return not setting.startswith("sdac"), len(setting), path.name
+
     tasks = {}
-    for path in sorted(folder.glob("*__*.json")):
-        facts = json.loads(path.read_text())
+    for path in sorted(folder.glob("*__*.json"), key=key):
+        args = json.loads(path.read_text())["args"]
         with open(path.with_suffix(".csv")) as file:
-            name = facts["args"]["exp_name"].removesuffix("_continuous_action")
-            names = tasks.setdefault(facts["args"]["env_id"], {})
-            names.setdefault(name, []).append((facts, list(csv.DictReader(file))))
-    return {task: {name: Runs(task, name, runs) for name, runs in names.items()} for task, names in tasks.items()}
+            settings = tasks.setdefault(args["env_id"], {})
+            settings.setdefault(args["exp_name"], []).append(list(csv.DictReader(file)))
+    return dict(sorted(tasks.items()))
 
 
-def interval(samples, statistic):
-    """95% bootstrap interval of a statistic of several samples, each of which is resampled by itself."""
-    varied, fixed = [], []
-    for sample in samples:
-        (varied if np.ptp(sample) > 0 else fixed).append(sample)
-    if not varied:
-        return statistic(*samples), statistic(*samples)
-    whole = lambda *resampled: statistic(*resampled, *fixed)  # noqa: E731
-    result = stats.bootstrap(varied, whole, n_resamples=2000, vectorized=False, method="percentile", rng=0)
-    return result.confidence_interval.low, result.confidence_interval.high
+def aligned(runs):
+    """The steps that all seeds have, and the returns (seeds, steps) there."""
+    curves = [
+        {int(row["global_step"]): float(row["episodic_return"]) for row in rows} for rows in runs
+    ]
+    steps = sorted(set.intersection(*map(set, curves)))
+    if not steps:
+        raise SystemExit("the seeds of a setting have no evaluation at a common step")
+    return steps, np.array([[curve[step] for step in steps] for curve in curves])
 
 
-def interquartile_mean(*samples):
-    return stats.trim_mean(np.concatenate(samples), 0.25)
+def interval(sample):
+    """95% bootstrap interval of the mean of a sample."""
+    if np.ptp(sample) == 0:
+        return sample[0], sample[0]
+    result = stats.bootstrap([sample], np.mean, n_resamples=2000, method="percentile", rng=0)
+    return result.confidence_interval
 
 
-def draw(tasks, folder):
-    """Two pictures. The aggregate is of the tasks on which every name has several seeds, if there are three."""
-    names = list(dict.fromkeys(name for runs in tasks.values() for name in runs))
-    color = {name: f"C{i}" for i, name in enumerate(names)}
-    complete = lambda runs: len(runs) == len(names) and all(len(run.returns) > 1 for run in runs.values())  # noqa: E731
-    shared = [task for task, runs in tasks.items() if task in PUBLISHED and complete(runs)]
-    for picture, label in (("curves", "environment steps"), ("time", "minutes")):
-        panels = len(tasks) + (len(shared) > 2 and picture == "curves")
-        columns = min(panels, 4)
-        rows = math.ceil(panels / columns)
-        size = (4.4 * columns, 3.6 * rows + 0.4)
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis, (task, runs) in zip(axes.flat, tasks.items(), strict=False):
-            for name, run in runs.items():
-                x = run.steps if picture == "curves" else run.seconds.mean(0) / 60
-                axis.plot(x, run.returns.mean(0), color=color[name], label=name)
-                axis.fill_between(x, *run.bands.T, color=color[name], alpha=0.2, linewidth=0)
-            axis.axhline(run.random, color="0.5", linewidth=1, linestyle=":", label="random actions")
-            seeds = sorted({len(run.returns) for run in runs.values()})
-            title = f"{task}, {' or '.join(map(str, seeds))} seed{'s'[: seeds != [1]]}"
-            axis.set(title=title, xlabel=label, ylabel="evaluation return")
-            axis.locator_params("x", nbins=6)
-        for axis in axes.flat[len(tasks) :]:
-            axis.axis("off")
-        if panels > len(tasks):
-            runs = {name: [tasks[task][name] for task in shared] for name in names}
-            draw_aggregate(axes.flat[len(tasks)], runs, color)
-        entries = [axis.get_legend_handles_labels() for axis in axes.flat]
-        curves = {label: line for entry in entries for line, label in zip(*entry, strict=True)}
-        ncols = min(len(curves), max(2, 3 * (columns - 1)))
-        figure.legend(curves.values(), curves, loc="outside lower center", ncols=ncols)
-        figure.savefig(folder / f"{picture}.png", dpi=110)
-        plt.close(figure)
-
-
-def draw_aggregate(axis, runs, color):
-    for y, name in enumerate(reversed(runs)):
-        scores = [normalised(run) for run in runs[name]]
-        value, (low, high) = interquartile_mean(*scores), interval(scores, interquartile_mean)
-        axis.plot([low, high], [y, y], color=color[name], linewidth=8, alpha=0.35, solid_capstyle="butt")
-        axis.plot(value, y, "|", color=color[name], markersize=18, markeredgewidth=3)
-    axis.axis("on")
-    axis.set(title=f"{len(scores)} tasks", yticks=range(len(runs)), yticklabels=reversed(runs), ylim=(-1, len(runs)))
-    axis.axvline(0, color="0.5", linewidth=1, linestyle=":")
-    axis.set_xlabel("interquartile mean of normalised final scores")
-
-
-def normalised(run):
-    """Final scores, with 0 for random actions and 1 for the reference."""
-    return (run.returns[:, -1] - run.random) / (PUBLISHED[run.task][1] - run.random)
+def draw(tasks, path):
+    settings = list(dict.fromkeys(setting for runs in tasks.values() for setting in runs))
+    columns = min(len(tasks), 4)
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure((4.4 * columns, 3.4 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes[len(tasks) :]:
+        axis.axis("off")
+    lines = {}
+    for axis, (task, of_task) in zip(axes, tasks.items(), strict=False):
+        for setting, runs in of_task.items():
+            style = {"color": f"C{settings.index(setting)}"}
+            steps, returns = aligned(runs)
+            low, high = np.transpose([interval(sample) for sample in returns.T])
+            (lines[label(setting)],) = axis.plot(steps, returns.mean(0), **style)
+            axis.fill_between(steps, low, high, alpha=0.2, linewidth=0, **style)
+            if setting in PUBLISHED.get(task, {}):
+                highest = axis.axhline(PUBLISHED[task][setting][1], linestyle=":", **style)
+                lines[f"{label(setting)} elsewhere, at most"] = highest
+        seeds = sorted({len(runs) for runs in of_task.values()})
+        title = f"{task}, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
+        axis.set(title=title, xlabel="environment steps", ylabel="return")
+        axis.locator_params("x", nbins=5)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(2, columns))
+    figure.savefig(path, dpi=100)
 
 
 def table(tasks):
-    """Markdown: one line for each name and task."""
-    header = "task, runs, seeds, environment steps, updates, final, best, minutes, elsewhere at 1M steps"
-    lines = [f"| {' | '.join(header.split(', '))} |"]
-    lines += ["|---" * 9 + "|"]
-    for task, runs in tasks.items():
-        for name, run in runs.items():
-            final, best = run.returns[:, -1], run.returns.max(1)
-            longer = f" of {run.longest:,}" if run.longest > run.steps[-1] else ""
-            cells = [task, name, len(final), f"{run.steps[-1]:,}{longer}", f"{run.updates:,}"]
-            cells += [f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" if len(x) > 1 else f"{x[0]:.1f}" for x in (final, best)]
-            cells += [f"{run.seconds[:, -1].mean() / 60:.1f}", PUBLISHED.get(task, ("",))[0]]
+    """Markdown, a line for each setting on each task."""
+    lines = [
+        "| task | | seeds | steps | updates | last | best | minutes | elsewhere |",
+        "|---" * 9 + "|",
+    ]
+    for task, of_task in tasks.items():
+        for setting, runs in of_task.items():
+            steps, returns = aligned(runs)
+            last_row = next(row for row in runs[0] if int(row["global_step"]) == steps[-1])
+            minutes = np.mean([float(rows[-1]["seconds"]) for rows in runs]) / 60
+            cells = [
+                task,
+                label(setting),
+                len(runs),
+                f"{steps[-1]:,}",
+                f"{int(last_row['updates']):,}",
+            ]
+            for values in (returns[:, -1], returns.max(1)):
+                spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+                cells.append(f"{values.mean():.1f}{spread}")
+            low_high = PUBLISHED.get(task, {}).get(setting, ())
+            cells += [f"{minutes:.1f}", " to ".join(f"{x / 1000:.1f}k" for x in low_high)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", help="under benchmark/results")
-    folders = [RESULTS / name for name in parser.parse_args().folders]
-    for folder in folders or sorted({path.parent for path in RESULTS.rglob("*__*.json")}) or [RESULTS]:
-        try:
-            tasks = read(folder)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            parser.error(f"the runs in {folder} cannot be drawn ({type(error).__name__}: {error})")
+    parser = command_line(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    names = parser.parse_args().names
+    folders = [RESULTS / name for name in names]
+    folders = folders or sorted({path.parent for path in RESULTS.glob("*/*__*.json")})
+    if not folders:
+        parser.exit(message="There are no results yet: make some with benchmark/run.py.\n")
+    for folder in folders:
+        tasks = read(folder)
         if not tasks:
-            parser.error(f"there are no runs in {folder}; keep some with benchmark/record.py")
-        draw(tasks, folder)
+            parser.error(f"there are no results in {folder}")
+        draw(tasks, folder / "curves.png")
         (folder / "table.md").write_text(table(tasks))

@@ -1,99 +1,72 @@
-"""Keep finished runs as results. benchmark/plot.py draws them.
+"""Keep trainings as results, which benchmark/plot.py draws.
 
-    python benchmark/record.py runs/<run> [runs/<run> ...]
+    python benchmark/record.py runs/<run> [runs/<run> ...] --into NAME
 
-For each run folder writes benchmark/results/<run>.csv (evaluations, with the updates and seconds at each) and
-<run>.json (arguments, versions, machine, duration, return of uniformly random actions), or with --into NAME into
-benchmark/results/NAME. Run it on the machine and in the environment of the training, since it asks those for their
-names, and with the script of the training still beside runs/: its SHA-256 is kept too, or null if it is not there.
---until STEPS keeps the evaluations up to there, also of a run that has not ended."""
+Writes two files into benchmark/results/NAME for each run folder: <task>__<exp_name>__<seed>.csv has
+the evaluations and the seconds of training before each, .json the arguments, the SHA-256 of the
+script, the versions and the machine, which is taken to be this one. What is there of the same name
+is replaced. A training may be unfinished: its evaluations so far are kept.
+"""
 
-import argparse
 import csv
 import hashlib
 import json
-import os
-import warnings
+import math
+import re
 from pathlib import Path
 
-import gymnasium as gym
-import numpy as np
 import torch
-from speed import cpu_name, versions
+from common import RESULTS, algorithm, command_line, machine
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 
-def random_policy_return(env_id, episodes=20):
-    """Mean and standard deviation of the return of uniformly random actions, seeds 0..episodes-1."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about newer versions of the task
-        env, returns = gym.make(env_id), []
-    env.action_space.seed(0)
-    for seed in range(episodes):
-        env.reset(seed=seed)
-        returns.append(0.0)
-        over = False
-        while not over:
-            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            returns[-1] += float(reward)
-            over = terminated or truncated
-    return {"mean": np.mean(returns), "std": np.std(returns), "episodes": episodes}
+def seconds_of_evaluations(run):
+    """Wall time of training at each evaluation, {step: seconds}. Every start of a training has a
+    file of events of its own, so what lies between an interruption and its end is left out."""
+    seconds = {}
+    now = 0.0
+    for path in sorted(run.glob("events.out.tfevents.*")):
+        before, start = now, None
+        for event in EventFileLoader(str(path)).Load():
+            start = start or event.wall_time
+            now = before + event.wall_time - start
+            if any(value.tag == "eval/episodic_return" for value in event.summary.value):
+                seconds[event.step] = now
+    return seconds
 
 
-def algorithm(args):
-    """The script to which saved arguments belong."""
-    return "sdac" if "denoising_steps" in args else "sac"
+def record(run, folder):
+    """Write the results of a run folder."""
+    args = torch.load(run / "checkpoint.pt", map_location="cpu", mmap=True)["args"]
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    if not rows:
+        raise ValueError("it has no evaluation yet")
+    seconds = seconds_of_evaluations(run)
+    for row in rows:
+        row["seconds"] = round(seconds.get(int(row["global_step"]), math.nan), 1)
 
-
-def collect(run, until=None):
-    """Name, facts and evaluations of the run in a folder."""
-    if until is None:
-        (run / "model.pt").stat()  # written at the end of a training
-    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-    seconds = [evaluation[-1] for evaluation in saved["evaluations"]]
-    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
-    rows = [row | {"seconds": time} for row, time in zip(rows, seconds, strict=True)]
-    if until is not None:
-        if until not in [int(row["global_step"]) for row in rows]:
-            raise ValueError(f"it has no evaluation at step {until}")
-        rows = [row for row in rows if int(row["global_step"]) <= until]
-    script = run.resolve().parent.parent / f"{algorithm(saved['args'])}_continuous_action.py"
+    script = run.resolve().parent.parent / f"{algorithm(args)}_continuous_action.py"
     facts = {
-        "algorithm": algorithm(saved["args"]),
-        "args": saved["args"] | {"resume": None},  # a path of this machine, if the run was interrupted
-        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest() if script.is_file() else None,
-        "versions": versions(),
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "seconds": float(rows[-1]["seconds"]),
-        "random_policy": random_policy_return(saved["args"]["env_id"]),
+        "algorithm": algorithm(args),
+        "args": {**args, "resume": None, "evaluate": None},  # These would be paths.
+        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest()
+        if script.exists()
+        else None,
+        "machine": machine(),
     }
-    return run.name, facts, rows
-
-
-def write(name, facts, rows, results):
-    """The CSV first: a run counts as kept when its JSON is there."""
-    results.mkdir(parents=True, exist_ok=True)
-    with open(results / f"{name}.csv", "w", newline="") as file:
+    name = re.sub(r"[^\w.-]", "-", f"{args['env_id']}__{args['exp_name']}__{args['seed']}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (results / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--into", default=".", metavar="NAME", help="folder under benchmark/results")
-    parser.add_argument("--until", type=int, metavar="STEPS", help="the last evaluation to be kept")
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser = command_line(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--into", required=True, metavar="NAME", help="under benchmark/results")
     options = parser.parse_args()
-    results = Path(__file__).parent / "results" / options.into
     for run in options.runs:
-        try:
-            write(*collect(run, options.until), results)
-        except Exception as error:  # damaged files raise many kinds of errors
-            hint = "give the folder of a finished run, or --until a step of its metrics.csv"
-            parser.error(f"{run} cannot be kept ({type(error).__name__}: {error}); {hint}")
+        record(run, RESULTS / options.into)

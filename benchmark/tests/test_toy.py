@@ -1,182 +1,173 @@
-"""benchmark/toy.py against quadrature and brute force, and the diffusion policy against a Gaussian's closed form.
+"""benchmark/toy.py against fine grids, and the diffusion policy against what is known of it.
 
-"k standard errors" in a comment gives the tolerance of a Monte-Carlo estimate; seeds are fixed."""
+"k standard errors" in a comment gives the tolerance of a Monte-Carlo estimate; seeds are fixed.
+"""
 
 import importlib
 import math
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(1)
 toy = importlib.import_module("toy")
 sdac = toy.sdac
 
-DEFAULT = sdac.Args.reverse_proposal
-CUT = toy.Mixture([[0.9, -0.9], [-0.2, 1.2]], 0.2, [0.3, 0.7])  # two modes cut by two edges and a corner of the box
-SCHEDULES = {
-    "log-snr": toy.make_schedule(torch.float64, 10, "log-snr"),
-    "linear": toy.make_schedule(torch.float64, 20, "linear"),
-}
+# Two modes cut by two edges and a corner of the box.
+CUT = toy.Mixture([[0.9, -0.9], [-0.2, 1.2]], 0.2, [0.3, 0.7])
+DEFAULT = sdac.NoiseSchedule(6, published=False)
+PUBLISHED = sdac.NoiseSchedule(20, published=True)
 
 
-def posterior_noise_on_a_grid(target, a_t, t, schedule, nodes=801):
-    """E[ε | a_t] in one or two dimensions, as a sum over a fine regular grid of the box."""
-    signal, noise = schedule.signal[t], schedule.noise[t]
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def noised(energy, n, signal, noise):
+    """Noised true samples (n, d)."""
+    a_0 = energy.sample(n)
+    return signal * a_0 + noise * torch.randn_like(a_0)
+
+
+def grid_of(energy, nodes):
+    """A regular grid of the box, and the weights of the trapezoidal rule."""
     line = torch.linspace(-1, 1, nodes, dtype=torch.float64)
-    grid = torch.cartesian_prod(*[line] * target.dim).view(-1, target.dim)
-    rows = []
-    for x in a_t:
-        eps = (x - signal * grid) / noise
-        edges = torch.where(grid.abs() == 1, 0.5, 1.0).prod(1)  # the trapezoidal rule
-        weights = torch.softmax(target.energy(grid) - eps.square().sum(1) / 2, 0) * edges
-        rows.append((weights[:, None] * eps).sum(0) / weights.sum())
-    return torch.stack(rows)
+    grid = torch.cartesian_prod(*[line] * energy.dim).view(-1, energy.dim)
+    return grid, torch.where(grid.abs() == 1, 0.5, 1.0).prod(1)
 
 
-# (linear, 0) has the narrowest posterior of all levels, a hundredth of the box, (linear, 19) is nearly pure noise
-@pytest.mark.parametrize("kind, t", [("log-snr", 0), ("log-snr", 4), ("log-snr", 9), ("linear", 0), ("linear", 19)])
+# PUBLISHED has at t = 0 a posterior a hundredth of the box wide, and at t = 19 almost pure noise.
 @pytest.mark.parametrize(
-    "target", [toy.make_target("two modes", 1), CUT, toy.make_target("ring", 2)], ids=["two modes", "cut", "ring"]
+    "schedule, t", [(DEFAULT, 0), (DEFAULT, 5), (PUBLISHED, 0), (PUBLISHED, 19)]
 )
-def test_posterior_noise_is_that_of_a_fine_grid(target, kind, t):
-    a_t = toy.noised(target, 8, t, SCHEDULES[kind], torch.Generator().manual_seed(t))
-    torch.testing.assert_close(
-        target.posterior_noise(a_t, t, SCHEDULES[kind]),
-        posterior_noise_on_a_grid(target, a_t, t, SCHEDULES[kind]),
-        atol=1e-4,
-        rtol=0,
-    )
+@pytest.mark.parametrize("energy", [toy.two_modes(1), CUT], ids=["one dimension", "cut"])
+def test_posterior_noise_is_that_of_a_fine_grid(energy, schedule, t):
+    signal, noise = schedule.signal[t].double(), schedule.noise[t].double()
+    grid, edges = grid_of(energy, 801)
+    a_t = noised(energy, 8, signal, noise)
+    eps = (a_t[:, None] - signal * grid) / noise
+    weights = torch.softmax(energy.energy(grid) - eps.square().sum(-1) / 2, 1) * edges
+    expected = (weights[..., None] * eps).sum(1) / weights.sum(1, keepdim=True)
+    found = energy.posterior_noise(a_t, signal, noise)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name, dim", [("two modes", 17), ("ring", 2)])
-@pytest.mark.parametrize("t", [1, 5, 9])
-def test_noised_samples_have_the_noise_that_is_expected_of_them(name, dim, t):
-    """E[E[ε | a_t]] = 0 and E[E[ε | a_t] · a_t] = √(1-ᾱ_t) d: also where a grid has too many dimensions."""
-    target, schedule = toy.make_target(name, dim), SCHEDULES["log-snr"]
-    a_t = toy.noised(target, 4000, t, schedule, torch.Generator().manual_seed(t))
-    eps = target.posterior_noise(a_t, t, schedule)
-    for values, expected in ((eps.mean(1), 0), ((eps * a_t).mean(1), schedule.noise[t])):
+@pytest.mark.parametrize("t", [1, 3, 5])
+def test_noised_samples_have_the_noise_that_is_expected_of_them(t):
+    """E[E[ε | a_t]] = 0 and E[E[ε | a_t] · a_t] = √(1-ᾱ_t) d, also where no grid can be used."""
+    energy, signal, noise = toy.two_modes(17), DEFAULT.signal[t], DEFAULT.noise[t]
+    a_t = noised(energy, 4000, signal, noise)
+    eps = energy.posterior_noise(a_t, signal, noise)
+    for values, expected in ((eps.mean(1), 0), ((eps * a_t).mean(1), noise)):
         assert abs(values.mean() - expected) < 4.5 * values.std() / math.sqrt(len(values))
 
 
-@pytest.mark.parametrize("target", [CUT, toy.make_target("ring", 2)], ids=["cut", "ring"])
-def test_true_samples_have_the_moments_of_the_energy(target):
+def test_true_samples_have_the_moments_of_the_energy():
     n = 20_000
-    line = torch.linspace(-1, 1, 401, dtype=torch.float64)
-    grid = torch.cartesian_prod(line, line)
-    density = torch.softmax(target.energy(grid), 0)
-    samples = target.sample(n, torch.Generator().manual_seed(0))
+    grid, edges = grid_of(CUT, 401)
+    density = torch.softmax(CUT.energy(grid), 0) * edges
+    density /= density.sum()
+    samples = CUT.sample(n)
     for function in (
         lambda a: a[:, 0],
         lambda a: a.prod(1),
-        lambda a: (a[:, 0] > 0.8).double(),
         lambda a: a.norm(dim=1),
+        lambda a: (a[:, 0] > 0.8).double(),
     ):
         expected, values = (density * function(grid)).sum(), function(samples)
-        # 4.5 standard errors, and the width of a cell at the step of the third function
+        # 4.5 standard errors, and the width of a cell at the step of the last function
         assert abs(values.mean() - expected) < 4.5 * values.std() / math.sqrt(n) + 0.005
 
 
-def test_other_end_points_are_those_of_the_script_by_default_and_even_in_the_power_that_is_asked_for():
-    ends = 0.05, 4
-    ours, scripts = toy.Spaced(10, *ends), SCHEDULES["log-snr"]
-    assert vars(ours).keys() == vars(scripts).keys()
-    for name, table in vars(scripts).items():
-        np.testing.assert_allclose(vars(ours)[name], table, rtol=1e-9, atol=1e-9, err_msg=name)
-    curved = toy.Spaced(10, 0.05, 4, rho=7)
-    roots = (curved.noise / curved.signal) ** (1 / 7)
-    np.testing.assert_allclose(roots.diff(), (4 ** (1 / 7) - 0.05 ** (1 / 7)) / 9, rtol=1e-9)
-    assert roots[0] ** 7 == pytest.approx(0.05) and roots[-1] ** 7 == pytest.approx(4)
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_exact_sampling_of_a_gaussian_has_the_moments_of_its_linear_recursion(kind):
-    """Far from the box E[a_0 | a_t] is linear in a_t, so mean and variance follow from step to step by hand."""
-    schedule, mu, sigma, n, dim = SCHEDULES[kind], 0.1, 0.15, 40_000, 6
-    ratio = (schedule.noise / schedule.signal).tolist()
-    # of x = a_t/√ᾱ_t = a_0 + ratio_t ε. One step replaces x by a_0 + r (x - a_0) + ratio_{t-1} √(1-r) z, where
-    # r = (ratio_{t-1}/ratio_t)² and a_0 = μ + g (x - μ), g = σ²/(σ² + ratio_t²), the posterior mean
-    start = 0.5 if kind == "linear" else 1.0
-    mean, variance = 0.0, (start * math.hypot(1, ratio[-1])) ** 2
-    for t in reversed(range(schedule.num_steps)):
+@pytest.mark.parametrize("schedule", [DEFAULT, PUBLISHED], ids=["default", "published"])
+def test_exact_sampling_of_a_normal_has_the_moments_of_its_linear_recursion(schedule):
+    """Far from the box E[a_0 | a_t] is linear in a_t: mean and variance follow step by step."""
+    mu, sigma, n, dim = 0.1, 0.15, 40_000, 6
+    ratio = (schedule.noise.double() / schedule.signal.double()).tolist()
+    # of x = a_t/√ᾱ_t = a_0 + ratio_t ε. A step gives a_0 + r (x - a_0) + ratio_{t-1} √(1-r) z with
+    # r = (ratio_{t-1}/ratio_t)² and a_0 = μ + g (x - μ), where g = σ²/(σ² + ratio_t²).
+    mean, variance = 0.0, (schedule.initial_std * math.hypot(1, ratio[-1])) ** 2
+    for t in reversed(range(len(ratio))):
         less = ratio[t - 1] if t else 0.0
         r, g = (less / ratio[t]) ** 2, sigma**2 / (sigma**2 + ratio[t] ** 2)
         slope = g + r * (1 - g)
         mean, variance = mu + slope * (mean - mu), slope**2 * variance + less**2 * (1 - r)
-    denoiser = toy.ExactDenoiser(toy.Mixture([[mu] * dim], sigma, [1.0]), schedule)
-    samples = toy.policy_samples(denoiser, n, torch.Generator().manual_seed(0), schedule)
+    denoiser = toy.exact_denoiser(toy.Mixture([[mu] * dim], sigma, [1.0]), schedule)
+    samples = toy.policy_samples(denoiser, n, dim, schedule)
     # 4.5 standard errors of a mean and of a standard deviation of n · dim numbers
     assert samples.mean() == pytest.approx(mean, abs=4.5 * math.sqrt(variance / (n * dim)))
     assert samples.std() == pytest.approx(math.sqrt(variance), rel=4.5 / math.sqrt(2 * n * dim))
-    assert variance < 0.9 * sigma**2  # so few steps leave a Gaussian too narrow, which would hide in no tolerance
+    assert variance < 0.9 * sigma**2  # So few steps leave it too narrow: no tolerance hides that.
 
 
-def error_of_the_minimiser(proposal, t, n=2000, num_samples=2048):
-    """Least squares of (RSM target - truth) on (1, a_t) for a one-dimensional Gaussian in the box: coefficients and
-    their standard errors. The minimiser of the loss has this error in its level and its slope."""
-    target, schedule = toy.Mixture([[0.25]], 0.5, [1.0]), SCHEDULES["log-snr"]
-    generator = torch.Generator().manual_seed(t)
-    a_t = toy.noised(target, n, t, schedule, generator)
-    uniform = torch.rand(n, num_samples, 1, generator=generator, dtype=torch.float64)
-    prediction = 0.5 * a_t  # of a network that has not learned yet
-    eps, a_hat, log_ratio = sdac.reverse_samples(schedule, a_t, torch.full((n, 1), t), uniform, proposal, prediction)
-    eps, _ = sdac.rsm_target(eps, target.energy(a_hat), 1.0, log_ratio)
-    error, design = eps - target.posterior_noise(a_t, t, schedule), torch.cat([torch.ones_like(a_t), a_t], dim=1)
+def error_of_the_minimiser(published, t, n=2000, num_samples=2048):
+    """Least squares of (RSM target - truth) on (1, a_t) for a one-dimensional normal in the box:
+    coefficients and their standard errors. The minimiser of the loss has this error."""
+    energy = toy.Mixture([[0.25]], 0.5, [1.0])
+    a_t = noised(energy, n, DEFAULT.signal[t], DEFAULT.noise[t])
+    a_hat, eps = sdac.reverse_samples(DEFAULT, a_t, torch.full((n,), t), num_samples, published)
+    eps, _ = sdac.rsm_target(eps, energy.energy(a_hat), 1.0)
+    error = eps - energy.posterior_noise(a_t, DEFAULT.signal[t], DEFAULT.noise[t])
+    design = torch.cat([torch.ones_like(a_t), a_t], dim=1)
     inverse = torch.linalg.inv(design.T @ design)
     coefficients = inverse @ design.T @ error
     residual = (error - design @ coefficients).square().sum() / (n - 2)
-    return coefficients[:, 0], (residual * inverse.diagonal()).sqrt()
+    return coefficients[:, 0].abs() / (residual * inverse.diagonal()).sqrt()
 
 
-@pytest.mark.parametrize("t", [3, 5, 7, 9])
-def test_the_default_proposal_learns_the_score_of_a_gaussian_and_clip_does_not(t):
-    error, standard_errors = error_of_the_minimiser(DEFAULT, t)
-    assert (error.abs() < 4.5 * standard_errors).all()
-    error, standard_errors = error_of_the_minimiser("clip", t)
-    assert (error.abs() > 20 * standard_errors).any()  # the bias that must not come back
+@pytest.mark.parametrize("t", [2, 3, 4, 5])
+def test_truncated_reverse_samples_give_the_score_of_a_normal_and_clipped_ones_do_not(t):
+    assert (error_of_the_minimiser(published=False, t=t) < 4.5).all()  # standard errors
+    assert (error_of_the_minimiser(published=True, t=t) > 20).any()
 
 
-def test_training_reaches_the_score_that_true_samples_give_and_clip_does_not():
-    """All networks see the same number of noised actions; denoising has true samples of exp(Q/λ)."""
+def test_training_reaches_the_score_that_true_samples_give_and_with_clipping_does_not():
+    energy = toy.Mixture([[0.25] * 3], 0.25, [1.0])
     error = {}
-    for method in ("denoising", DEFAULT, "clip"):
-        denoiser = toy.train("Gaussian", 3, method, seed=1, steps=300)
-        error[method] = toy.score_errors(denoiser, "Gaussian", 3, toy.DEFAULT)[1]
+    for method in ("denoising", "truncate", "clip"):
+        denoiser = toy.train(energy, method, steps=300)
+        error[method] = toy.score_error(denoiser, energy, DEFAULT)
     assert error["denoising"] < 0.3
-    assert error[DEFAULT] < 1.25 * error["denoising"]
-    assert error["clip"] > 2 * error[DEFAULT]
+    assert error["truncate"] < 1.25 * error["denoising"]
+    assert error["clip"] > 2 * error["truncate"]
 
 
-def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
-    x = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert toy.sliced_wasserstein(x, x[torch.randperm(2000)]) == pytest.approx(0, abs=1e-12)
+def test_the_distance_of_a_shift_is_its_mean_projection():
+    x = torch.randn(2000, 3, dtype=torch.float64)
+    assert toy.distance(x, x[torch.randperm(2000)]) == pytest.approx(0, abs=1e-12)
     shift = torch.tensor([0.3, -0.4, 1.2], dtype=torch.float64)
-    # E|shift · u| = ‖shift‖/2 for u uniform on the sphere in three dimensions, uniform on (0, 1.3) up to its sign:
+    # |shift · u| is uniform on (0, 1.3) for u uniform on the sphere in three dimensions:
     # 4.5 standard errors of 128 directions
-    assert toy.sliced_wasserstein(x, x + shift) == pytest.approx(0.65, abs=4.5 * 1.3 / math.sqrt(12 * 128))
+    tolerance = 4.5 * 1.3 / math.sqrt(12 * 128)
+    assert toy.distance(x, x + shift) == pytest.approx(0.65, abs=tolerance)
 
 
-def test_the_share_of_the_first_mode_is_its_weight():
-    samples = toy.make_target("two modes", 6).sample(20_000, torch.Generator().manual_seed(0))
-    # the box cuts both modes alike; 4.5 standard errors
-    assert toy.measure(samples, "two modes", 6)["first_mode"] == pytest.approx(0.8, abs=4.5 * 0.4 / math.sqrt(20_000))
-
-
-def test_score_errors_compare_mean_squares_at_every_level_and_over_all_of_them():
-    exact = toy.ExactDenoiser(toy.make_target("two modes", 2), SCHEDULES["log-snr"])
-    times_1_5 = lambda obs, a_t, t: 1.5 * exact(obs, a_t, t)  # noqa: E731
-    of_t, overall = toy.score_errors(times_1_5, "two modes", 2, {"schedule": "log-snr", "T": 10})
-    np.testing.assert_allclose([*of_t, overall], 0.5, atol=1e-4)
-    # 1.5 for half of the levels and 1 for the others: over all of them, the mean squares of the truth are the weights
+def test_the_score_error_weighs_every_level_by_the_size_of_its_score():
+    energy = toy.two_modes(2)
+    exact = toy.exact_denoiser(energy, DEFAULT)
     squares = []
-    for t in range(10):
-        a_t = toy.noised(exact.target, 4000, t, exact.schedule, torch.Generator().manual_seed(t))
-        squares.append(exact.target.posterior_noise(a_t, t, exact.schedule).square().mean().item())
-    half = lambda obs, a_t, t: (1.5 if t < 5 else 1) * exact(obs, a_t, t)  # noqa: E731
-    of_t, overall = toy.score_errors(half, "two modes", 2, {"schedule": "log-snr", "T": 10})
-    np.testing.assert_allclose(of_t, [0.5] * 5 + [0] * 5, atol=1e-4)
-    assert overall == pytest.approx(0.5 * math.sqrt(sum(squares[:5]) / sum(squares)), rel=0.05)
+    for signal, noise in zip(DEFAULT.signal, DEFAULT.noise, strict=True):
+        a_t = noised(energy, 4000, signal, noise)
+        squares.append(energy.posterior_noise(a_t, signal, noise).square().mean().item())
+    wrong_below_3 = toy.score_error(
+        lambda obs, a_t, t: (1.5 if t < 3 else 1) * exact(obs, a_t, t), energy, DEFAULT
+    )
+    expected = 0.5 * math.sqrt(sum(squares[:3]) / sum(squares))
+    assert wrong_below_3 == pytest.approx(expected, rel=0.05)
+
+
+def test_true_samples_have_the_weights_of_the_modes_and_no_distance_to_others():
+    samples, figures = toy.study(toy.two_modes(6), "truth")
+    assert abs(figures["first mode"] - 0.8) < 4.5 * 0.4 / math.sqrt(len(samples))  # standard errors
+    assert figures["distance"] < 0.03
+
+
+def test_the_committed_table_is_that_of_the_committed_figures():
+    folder = toy.RESULTS / "toy"
+    if folder.exists():
+        rows = toy.json.loads((folder / "toy.json").read_text())["methods"]
+        assert (folder / "table.md").read_text() == toy.table(rows)
