@@ -6,8 +6,8 @@ Q(s, a) - α log π(a|s), and α is tuned so that the entropy of the policy stay
     python sac_continuous_action.py --env-id Humanoid-v4
 
 Paper: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
-Everything but the algorithm is as in SDAC, settings too: one update per joint step of all 5
-environments. With --num-envs 1 there is one per step, as is usual.
+All else is as in SDAC, settings too: one update per joint step of 5 environments. With
+--num-envs 1 there is one per step, as is usual.
 """
 
 import copy
@@ -47,7 +47,7 @@ class Args:
     env_id: str = "HalfCheetah-v4"  # Gymnasium task
     total_timesteps: int = 1_000_000  # steps, summed over the environments
     num_envs: int = 5  # stepped together; one update per joint step
-    buffer_size: int = 1_000_000  # transitions to keep
+    buffer_size: int = 1_000_000  # transitions kept
     learning_starts: int = 10_000  # steps with random actions
     eval_frequency: int = 20_000  # steps between evaluations
     eval_episodes: int = 10
@@ -57,7 +57,7 @@ class Args:
     batch_size: int = 256  # transitions
     policy_lr: float = 1e-3  # learning rate; falls linearly to 0
     q_lr: float = 1e-3  # the same; also alpha's, constant
-    reward_scale: float = 0.2  # factor of all rewards
+    reward_scale: float = 0.2  # factor of rewards
 
     def check(self):
         limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1)}
@@ -80,7 +80,7 @@ def mish(x):
 
 
 class MLP(nn.Module):
-    """f(context, action), for one context per state and N actions in that state."""
+    """f(context, action) for one context per state and N actions in it."""
 
     def __init__(self, context_dim, action_dim, output_dim):
         super().__init__()
@@ -119,7 +119,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Two networks Q_1 and Q_2, whose minimum is less optimistic than either."""
+    """Q_1 and Q_2, whose minimum is less optimistic than either."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
@@ -141,7 +141,7 @@ class ReplayBuffer:
     def __init__(self, size, obs_dim, action_dim):
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(size, sum(self.widths))
-        self.added = 0  # transitions so far, and so the number of environment steps
+        self.added = 0  # also the number of environment steps
 
     def add(self, obs, actions, rewards, next_obs, terminations):
         rows = torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None]], dim=1)
@@ -150,7 +150,7 @@ class ReplayBuffer:
         self.added += len(rows)
 
     def sample(self, batch_size):
-        """Return what was added, drawn uniformly with replacement."""
+        """Draw what was added, uniformly with replacement."""
         i = torch.randint(min(self.added, len(self.rows)), (batch_size,))
         obs, actions, rewards, next_obs, terminations = self.rows[i].split(self.widths, dim=1)
         return obs, actions, rewards[:, 0], next_obs, terminations[:, 0]
@@ -182,7 +182,6 @@ class CudaGraph:
         self.calls += 1
         if not tensors[0].is_cuda or self.calls < 3:  # Two calls to warm up
             return self.function(*tensors)
-
         if self.calls == 3:
             self.graph = torch.cuda.CUDAGraph()
             self.inputs = [tensor.clone() for tensor in tensors]
@@ -271,7 +270,6 @@ class Agent(nn.Module):
         loss = (self.log_alpha.exp().detach() * log_prob - q).mean()
         gradient_step(self.policy_optimizer, loss)
         self.critics.requires_grad_(True)
-
         entropy = -log_prob.detach().mean()
         alpha = self.log_alpha.exp()
         gradient_step(self.alpha_optimizer, alpha * (entropy + self.action_dim))
@@ -306,7 +304,7 @@ def make_envs(env_id, num_envs, video_folder=None):
 
 @torch.random.fork_rng(devices=range(min(torch.cuda.device_count(), 1)))
 def evaluate(agent, run_dir, step):
-    """Run episodes without exploration noise; leave training's torch random state as it was."""
+    """Run episodes without exploration noise, on seeds of their own."""
     args = agent.args
     seed = args.seed + 10**9
     torch.manual_seed(seed)
@@ -329,15 +327,17 @@ def evaluate(agent, run_dir, step):
 # ---- Training
 def save_checkpoint(run_dir, agent, buffer):
     """Write model.pt, enough to evaluate, and checkpoint.pt, enough to resume."""
-    for name, value in {**agent.metrics, **agent.state_dict()}.items():
+    rows = buffer.rows[: buffer.added]
+    values = {**agent.metrics, **agent.state_dict(), "transitions": rows.sum()}
+    for name, value in values.items():
         if not value.isfinite().all():
-            raise SystemExit(f"{name} is not finite. Resume with smaller learning rates.")
+            raise SystemExit(f"{name} is not finite; {run_dir} keeps the last checkpoint")
     model = {"args": vars(agent.args), "agent": agent.state_dict(), "step": buffer.added}
     training = {
         "updates": agent.updates,
         "evaluations": agent.evaluations,
         "optimizers": [optimizer.state_dict()["state"] for optimizer in agent.optimizers],
-        "rows": buffer.rows[: buffer.added].clone(),  # A slice would be saved with the empty rows.
+        "rows": rows.clone(),  # A slice would be saved with the empty rows.
     }
     for name, contents in (("model.pt", model), ("checkpoint.pt", {**model, **training})):
         torch.save(contents, run_dir / "unfinished.tmp")
@@ -359,7 +359,17 @@ def train(agent, buffer, run_dir, writer):
     recent_returns = []
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
-    while step < args.total_timesteps:
+    while True:
+        # Evaluate if due. A signal may have ended this evaluation before --resume.
+        due = step % args.eval_frequency < args.num_envs or step >= args.total_timesteps
+        if due and step > max((row[0] for row in agent.evaluations), default=0):
+            mean, std = evaluate(agent, run_dir, step)
+            agent.evaluations.append([step, agent.updates, mean, std])
+            writer.add_scalar("eval/episodic_return", mean, step)
+            save_checkpoint(run_dir, agent, buffer)
+        if step >= args.total_timesteps:
+            break
+
         # Act at random, later by the policy. Update before stepping: a GPU computes meanwhile.
         learning = step >= args.learning_starts
         actions = act(obs) if learning else 2 * torch.rand(args.num_envs, agent.action_dim) - 1
@@ -391,12 +401,6 @@ def train(agent, buffer, run_dir, writer):
             writer.add_scalar("charts/SPS", sps, step)
             bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns[-20:] or math.nan))
 
-        if step % args.eval_frequency < args.num_envs or step >= args.total_timesteps:
-            mean, std = evaluate(agent, run_dir, step)
-            agent.evaluations.append([step, agent.updates, mean, std])
-            writer.add_scalar("eval/episodic_return", mean, step)
-            save_checkpoint(run_dir, agent, buffer)
-
     bar.close()
     envs.close()
 
@@ -410,8 +414,7 @@ def parse_args(argv):
         path = Path(args.resume or args.evaluate, "checkpoint.pt" if args.resume else "model.pt")
         try:
             state = torch.load(path, map_location="cpu", mmap=True)
-            if state["args"].keys() != vars(args).keys():
-                raise ValueError
+            assert state["args"].keys() == vars(args).keys()
             saved = Args(**{**state["args"], "resume": args.resume, "evaluate": args.evaluate})
         except Exception as error:
             raise SystemExit(f"{path} is missing, damaged or not of this script") from error
@@ -446,12 +449,11 @@ def main(argv=None):
         obs_dim, action_dim = map(gym.spaces.flatdim, (env.observation_space, env.action_space))
         agent = Agent(args, obs_dim, action_dim)
         buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
-        if args.capture_video:  # Find out now whether the task can be drawn.
+        if args.capture_video:  # Can it be drawn?
             env = gym.make(args.env_id, render_mode="rgb_array")
             env.reset()
             env.render()
-        env.close()
-    except (gym.error.Error, mujoco.FatalError, ImportError, RuntimeError, ValueError) as error:
+    except Exception as error:
         raise SystemExit(f"{args.env_id} cannot be used: {error}") from error
     if args.compile and device == "cpu":
         try:
@@ -459,8 +461,7 @@ def main(argv=None):
             for network in agent.children():
                 network.compile(dynamic=True)
         except Exception:
-            print("No C++ compiler works here, so the networks are not compiled.")
-
+            print("No C++ compiler works here: the networks run uncompiled.")
     if state:
         agent.load_state_dict(state["agent"])
     if args.evaluate:
@@ -484,7 +485,6 @@ def main(argv=None):
         except wandb.Error as error:
             raise SystemExit(f"--track: {error}") from error
     run_dir.mkdir(parents=True, exist_ok=True)
-
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         # Windows has no SIGHUP, and nohup ignores it.

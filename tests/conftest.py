@@ -1,11 +1,9 @@
-"""Shared by the tests: both scripts as modules, settings that make a run small, and hand-made environments."""
+"""Shared by the tests: the settings of a tiny run, tasks made up for tests, and processes."""
 
-import importlib
 import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -14,48 +12,126 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["sdac_continuous_action", "sac_continuous_action"]
-SMALL = {
-    "sdac_continuous_action": {"denoising_steps": 3, "num_particles": 2, "num_reverse_samples": 4},
-    "sac_continuous_action": {},
-}
-sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses; as many threads here, so that sums have the same order
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sdac_continuous_action as sdac
+
+ROOT = Path(sdac.__file__).parent
+SMALL = {"num_envs": 2, "batch_size": 16, "eval_episodes": 2}
+SMALL_SDAC = {"denoising_steps": 3, "num_particles": 2, "num_reverse_samples": 4}
+PENDULUM = "--no-cuda --env-id InvertedPendulum-v4 --learning-starts 20 --total-timesteps 40"
+PENDULUM = f"{PENDULUM} --eval-frequency 20 --buffer-size 100".split()
+BOX = gym.spaces.Box(-1, 1, (2,))
+STARTED = []  # processes
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)  # as in the scripts
 mujoco.set_mju_user_warning(warnings.warn)  # or else MuJoCo writes a log file
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
-
-
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="needs --slow"))
-
-
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
-    for known in (".*out of date:DeprecationWarning", "compiler attribute:UserWarning"):  # of the -v4 tasks
-        config.addinivalue_line("filterwarnings", f"ignore:{known}")
+    for known in (".*out of date:DeprecationWarning", "compiler attribute:UserWarning"):
+        config.addinivalue_line("filterwarnings", f"ignore:{known}")  # of the -v4 tasks
 
 
+def small_flags(script):
+    """Flags of a small run, without the task and the number of steps."""
+    small = SMALL | (SMALL_SDAC if script == "sdac_continuous_action" else {})
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in small.items()]
+    return ["--no-compile", *(word for pair in pairs for word in pair)]
+
+
+# Runs inside this process
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Runs main() in an empty folder, by default SDAC for 40 steps; returns the run folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(*flags, script=sdac):
+        known = set(Path("runs").glob("*"))
+        go_on = {"--resume", "--evaluate"} & set(flags)
+        defaults = ["--no-cuda"] if go_on else [*small_flags(script.__name__), *PENDULUM]
+        script.main([*defaults, *map(str, flags)])
+        return next(iter(set(Path("runs").glob("*")) - known), None)
+
+    return train
+
+
+@pytest.fixture
+def refused(train, capsys):
+    """Asserts that main() ends with one sentence and writes nothing; returns the sentence."""
+
+    def refused(*flags):
+        capsys.readouterr()
+        before = sorted(Path().rglob("*"))
+        with pytest.raises(SystemExit) as caught:
+            train(*flags)
+        sentence = caught.value.code
+        assert isinstance(sentence, str) and "\n" not in sentence.strip(), sentence
+        assert sorted(Path().rglob("*")) == before and "evaluation" not in capsys.readouterr().out
+        return sentence
+
+    return refused
+
+
+def load(run_dir, name="checkpoint.pt"):
+    return torch.load(Path(run_dir) / name, weights_only=True)
+
+
+def metrics(run_dir):
+    """The rows of metrics.csv as lists of numbers."""
+    header, *rows = (Path(run_dir) / "metrics.csv").read_text().splitlines()
+    assert header == "global_step,updates,episodic_return,episodic_return_std"
+    return [[float(number) for number in row.split(",")] for row in rows]
+
+
+def evaluated_steps(run_dir):
+    return [row[0] for row in metrics(run_dir)]
+
+
+def scalars(run_dir, tag):
+    """What TensorBoard shows under a tag: a list of (step, value)."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing catches it."""
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Does something once at one step of a training, before its transitions are stored."""
+    add = sdac.ReplayBuffer.add
+
+    def at_step(step, act):
+        def watched(buffer, *columns):
+            if buffer.added + len(columns[0]) == step:
+                monkeypatch.setattr(sdac.ReplayBuffer, "add", add)
+                act()
+            add(buffer, *columns)
+
+        monkeypatch.setattr(sdac.ReplayBuffer, "add", watched)
+
+    return at_step
+
+
+# Made-up tasks
 class Scripted(gym.Env):
     """Episodes that follow a script, so that every transition can be listed by hand.
 
-    plan[who] lists (length, ending) of the episodes of the who-th environment that is reset, counted from 0; the last
-    entry repeats, and environments beyond the plan have one-step episodes. Observation: (who, episode, step).
-    Reward: 100 episode + 10 who + step. `received` records (who, episode, step, action) of every step."""
+    plan[who] lists (length, ending) of the episodes of the who-th environment that is reset; the
+    last entry repeats, and environments beyond the plan have episodes of one step. Observation:
+    (who, episode, step). Reward: 100 episode + 10 who + step. All share `received`, the actions by
+    observation, and `seeds`, the pairs (who, seed) of resets with a seed."""
 
-    plan, born, received = [], 0, []
-
-    def __init__(self, render_mode=None):
+    def __init__(self, plan, received, seeds, born):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
         self.action_space = gym.spaces.Box(np.float32([-3, 1]), np.float32([1, 2]))
+        self.plan, self.received, self.seeds, self.born = plan, received, seeds, born
         self.who, self.episode = None, -1
 
     def observation(self):
@@ -64,123 +140,91 @@ class Scripted(gym.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         if self.who is None:
-            self.who, Scripted.born = Scripted.born, Scripted.born + 1
+            self.who = len(self.born)
+            self.born.append(self)
+        if seed is not None:
+            self.seeds.append((self.who, seed))
         self.episode, self.step_number = self.episode + 1, 0
         return self.observation(), {}
 
     def step(self, action):
-        Scripted.received.append((self.who, self.episode, self.step_number, np.array(action)))
+        self.received[tuple(self.observation())] = np.array(action)
         self.step_number += 1
-        plan = Scripted.plan[self.who] if self.who < len(Scripted.plan) else [(1, "terminated")]
+        plan = self.plan[self.who] if self.who < len(self.plan) else [(1, "terminated")]
         length, ending = plan[min(self.episode, len(plan) - 1)]
         over = self.step_number == length
         reward = 100.0 * self.episode + 10 * self.who + self.step_number
-        return self.observation(), reward, over and ending != "truncated", over and ending != "terminated", {}
+        terminated, truncated = over and ending != "truncated", over and ending != "terminated"
+        return self.observation(), reward, terminated, truncated, {}
 
 
-class Spaces(gym.Env):
-    """An environment with the given spaces, in which nothing happens and every episode is one step long."""
+class Made(gym.Env):
+    """A task with the given spaces and episodes of five steps. It knows no render_mode."""
 
-    def __init__(self, observation_space, action_space, render_mode=None):
+    def __init__(self, observation_space=BOX, action_space=BOX):
         self.observation_space, self.action_space = observation_space, action_space
+
+    def observe(self):
+        return self.observation_space.sample()
+
+    def reward(self):
+        return 1.0
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        return self.observation_space.sample(), {}
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observe(), {}
 
     def step(self, action):
-        return self.observation_space.sample(), 0.0, False, True, {}
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        infos = {"episode": self.steps, "_episode": "x"}  # the keys of Gymnasium's statistics
+        return self.observe(), self.reward(), False, self.steps == 5, infos
 
 
-STARTED = []  # processes
+@pytest.fixture
+def register(monkeypatch):
+    """Registers a task as Made-v0 and returns the flags that choose it."""
+
+    def register(task, **kwargs):
+        # A function, since Gymnasium would give each environment copies of the keywords.
+        spec = gym.envs.registration.EnvSpec("Made-v0", lambda **given: task(**kwargs, **given))
+        monkeypatch.setitem(gym.registry, "Made-v0", spec)
+        return ["--env-id", "Made-v0"]
+
+    return register
 
 
+# Processes
 @pytest.fixture(autouse=True)
-def signal_handlers():
-    """main() installs handlers of its own; puts those of pytest back, and ends processes that a failed test left."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def nothing_stays():
+    """Puts signal handlers and the device back, and ends processes that a failed test left."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for process in STARTED:
         process.kill()
     STARTED.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
+    torch.set_default_device("cpu")
 
 
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    """The name of a script."""
-    return request.param
-
-
-@pytest.fixture
-def module(script):
-    """A script as a module."""
-    return importlib.import_module(script)
-
-
-@pytest.fixture
-def small_args(script, module):
-    """Makes the Args of a small run on the CPU; keywords override them."""
-    small = {
-        "cuda": False,
-        "compile": False,
-        "num_envs": 2,
-        "learning_starts": 50,
-        "batch_size": 16,
-        "eval_episodes": 2,
-    }
-    return lambda **chosen: module.Args(**{**small, **SMALL[script], **chosen})
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """Registers Scripted as Scripted-v0 and returns the class, with its counters at zero."""
-    monkeypatch.setitem(gym.registry, "Scripted-v0", gym.envs.registration.EnvSpec("Scripted-v0", Scripted))
-    for name, value in {"plan": [], "born": 0, "received": []}.items():
-        monkeypatch.setattr(Scripted, name, value)
-    return Scripted
-
-
-@pytest.fixture
-def register_spaces(monkeypatch):
-    """Registers Spaces-v0 with the given observation and action space."""
-
-    def register(observation_space, action_space):
-        kwargs = {"observation_space": observation_space, "action_space": action_space}
-        monkeypatch.setitem(
-            gym.registry, "Spaces-v0", gym.envs.registration.EnvSpec("Spaces-v0", Spaces, kwargs=kwargs)
-        )
-
-    return register
-
-
-def start_process(script, *flags, cwd, env=None, **options):
-    """The script as a user starts it, without a GPU and without a display."""
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "120"}
-    environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL") and not k.startswith("WANDB")}
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+def start_process(*flags, cwd, env=None, **options):
+    """A small run as a user starts it, without a GPU, a display and an account."""
+    dropped = ("DISPLAY", "MUJOCO_GL")
+    environ = {k: v for k, v in os.environ.items() if k not in dropped and "WANDB" not in k}
+    environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"} | (env or {})
+    small = [*small_flags("sdac_continuous_action"), *PENDULUM]
+    command = [sys.executable, sdac.__file__, *small, *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environ | hidden | (env or {}), **pipes, **options))
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environ, **pipes, **options))
     return STARTED[-1]
 
 
-def command_line(script, *flags, cwd, env=None, **options):
-    """The same to its end."""
-    process = start_process(script, *flags, cwd=cwd, env=env, **options)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def small_flags(script):
-    """Command line of a small run, without the task and the number of steps."""
-    small = {"num_envs": 2, "batch_size": 16, "eval_episodes": 2, **SMALL[script]}
-    return ["--no-compile"] + [t for name, value in small.items() for t in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def wait_for(condition, seconds=180):
-    """Waits until condition() is true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened in time"
-        time.sleep(0.01)
+def finish(process):
+    """Waits for a process; returns its status, output and errors."""
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err

@@ -1,95 +1,53 @@
-"""Environments and the training loop around them: episode ends, action bounds, seeds and evaluation."""
+"""Tasks and the training loop around them: what is stored, how tasks may look, seeds."""
 
-import csv
 from pathlib import Path
-from statistics import pstdev
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import BOX, Made, Scripted, load, metrics, scalars
+
+import sdac_continuous_action as sdac
 
 
 @pytest.fixture
-def run(module, small_args, monkeypatch, tmp_path):
-    """Runs main() in an empty folder; returns what the replay buffer and the acting policy were given."""
+def scripted(register):
+    """Registers Scripted with a plan; returns the flags that choose it, and what it records."""
 
-    def run(folder="run", **chosen):
-        added, acted = [], []
+    def scripted(plan, task=Scripted):
+        record = {"received": {}, "seeds": [], "born": []}
+        return register(task, plan=plan, **record), record
 
-        class Recorder(module.ReplayBuffer):
-            def add(self, *columns):
-                added.append([column.clone() for column in columns])
-                super().add(*columns)
-
-        class Actor(module.Agent):
-            def act(self, obs, generator, explore=True, **policy):
-                if explore and not policy:  # the update asks for actions of the online policy
-                    acted.append(obs.clone())
-                return super().act(obs, generator, explore, **policy)
-
-        (tmp_path / folder).mkdir()
-        with monkeypatch.context() as patch:
-            patch.chdir(tmp_path / folder)
-            patch.setattr(module, "ReplayBuffer", Recorder)
-            patch.setattr(module, "Agent", Actor)
-            module.main(small_args(**{"checkpoint_frequency": 10**9, **chosen}))  # episodes begin anew with each
-        return added, acted
-
-    return run
+    return scripted
 
 
-def rows(added):
-    """The transitions (obs, reward, next_obs, terminated) as lists of numbers, without the actions."""
-    transitions = []
-    for obs, _, rewards, next_obs, terminations in added:
-        for row in zip(obs.tolist(), rewards.tolist(), next_obs.tolist(), terminations.tolist(), strict=True):
-            transitions.append(row)
-    return transitions
+# What is stored
+PLAN = [
+    [(2, "truncated"), (3, "terminated")],
+    [(1, "terminated"), (1, "truncated"), (2, "both")],
+    [(2, "both"), (9, "truncated")],
+]
 
 
-def scalars(folder, tag):
-    """What TensorBoard shows under a tag: a list of (step, value)."""
-    (run_dir,) = Path(folder).glob("runs/*")
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+class ReusesItsArray(Scripted):
+    """Gives the same array again and again, with other numbers in it."""
+
+    def observation(self):
+        self.array = getattr(self, "array", np.zeros(3, np.float32))
+        self.array[:] = super().observation()
+        return self.array
 
 
-def test_transitions_of_one_environment(scripted, run, tmp_path):
-    """The buffer holds the true last observation of every episode, and only endings by the task count as terminated."""
-    scripted.plan = [
-        [(3, "truncated"), (2, "terminated"), (2, "both"), (1, "truncated"), (1, "both"), (9, "terminated")]
-    ]
-    added, acted = run(env_id="Scripted-v0", num_envs=1, learning_starts=7, batch_size=4, total_timesteps=12)
-    assert rows(added) == [
-        ([0, 0, 0], 1, [0, 0, 1], 0),
-        ([0, 0, 1], 2, [0, 0, 2], 0),
-        ([0, 0, 2], 3, [0, 0, 3], 0),  # truncated
-        ([0, 1, 0], 101, [0, 1, 1], 0),
-        ([0, 1, 1], 102, [0, 1, 2], 1),  # terminated
-        ([0, 2, 0], 201, [0, 2, 1], 0),
-        ([0, 2, 1], 202, [0, 2, 2], 1),  # both
-        ([0, 3, 0], 301, [0, 3, 1], 0),  # truncated after one step; learning has started
-        ([0, 4, 0], 401, [0, 4, 1], 1),  # both after one step
-        ([0, 5, 0], 501, [0, 5, 1], 0),
-        ([0, 5, 1], 502, [0, 5, 2], 0),
-        ([0, 5, 2], 503, [0, 5, 3], 0),
-    ]
-    assert [obs.tolist() for obs in acted] == [[[0, 3, 0]], [[0, 4, 0]], [[0, 5, 0]], [[0, 5, 1]], [[0, 5, 2]]]
-    assert scalars(tmp_path / "run", "charts/episodic_return") == [(3, 6), (5, 203), (7, 403), (8, 301), (9, 401)]
-    assert scalars(tmp_path / "run", "charts/episodic_length") == [(3, 3), (5, 2), (7, 2), (8, 1), (9, 1)]
-
-
-def test_transitions_of_several_environments(scripted, run, tmp_path):
-    """Sub-environments that end in the same step, or while others run on, keep their transitions apart."""
-    scripted.plan = [
-        [(2, "truncated"), (3, "terminated")],
-        [(1, "terminated"), (1, "truncated"), (2, "both")],
-        [(2, "both"), (9, "truncated")],
-    ]
-    added, acted = run(env_id="Scripted-v0", num_envs=3, learning_starts=9, batch_size=4, total_timesteps=12)
-    assert rows(added) == [
+@pytest.mark.parametrize("task", [Scripted, ReusesItsArray])
+def test_stored_transitions_are_those_of_the_script(train, scripted, task):
+    """next_obs is the last observation of an episode, and only endings by the task count as ends:
+    from a truncated episode the critics bootstrap. The next action is for the next episode."""
+    flags, _ = scripted(PLAN, task)
+    small = ["--num-envs", 3, "--learning-starts", 9, "--total-timesteps", 12]
+    run_dir = train(*flags, *small)
+    rows = load(run_dir)["rows"]
+    assert [(x[:3], x[5], x[6:9], x[9]) for x in rows.tolist()] == [
         ([0, 0, 0], 1, [0, 0, 1], 0),
         ([1, 0, 0], 11, [1, 0, 1], 1),  # terminated after one step
         ([2, 0, 0], 21, [2, 0, 1], 0),
@@ -99,188 +57,186 @@ def test_transitions_of_several_environments(scripted, run, tmp_path):
         ([0, 1, 0], 101, [0, 1, 1], 0),
         ([1, 2, 0], 211, [1, 2, 1], 0),
         ([2, 1, 0], 121, [2, 1, 1], 0),
-        ([0, 1, 1], 102, [0, 1, 2], 0),
+        ([0, 1, 1], 102, [0, 1, 2], 0),  # learning has started
         ([1, 2, 1], 212, [1, 2, 2], 1),  # both
         ([2, 1, 1], 122, [2, 1, 2], 0),
     ]
-    assert [obs.tolist() for obs in acted] == [[[0, 1, 1], [1, 2, 1], [2, 1, 1]]]
-    assert sorted(scalars(tmp_path / "run", "charts/episodic_return")) == [
-        (3, 11),
-        (6, 3),
-        (6, 43),
-        (6, 111),
-        (12, 423),
-    ]
-    assert sorted(scalars(tmp_path / "run", "charts/episodic_length")) == [(3, 1), (6, 1), (6, 2), (6, 2), (12, 2)]
+    returns = sorted(scalars(run_dir, "charts/episodic_return"))
+    assert returns == [(3, 11), (6, 3), (6, 43), (6, 111), (12, 423)]
 
 
-def test_buffer_holds_the_actions_that_were_taken(scripted, run):
-    """Each stored action lies in [-1, 1] and is the one that the environment received, in its own bounds."""
-    scripted.plan = [[(3, "truncated")], [(2, "terminated")]]
-    added, _ = run(env_id="Scripted-v0", learning_starts=16, total_timesteps=40)
-    received = {(who, episode, step): action for who, episode, step, action in scripted.received}
-    stored = [row for obs, actions, *_ in added for row in zip(obs.tolist(), actions.numpy(), strict=True)]
-    assert len(stored) == 40
-    for obs, action in stored:
-        assert np.abs(action).max() <= 1
-        expected = [-3 + (action[0] + 1) / 2 * 4, 1 + (action[1] + 1) / 2 * 1]  # bounds [-3, 1] and [1, 2]
-        np.testing.assert_allclose(received[tuple(obs)], expected, atol=1e-6)
+def test_stored_actions_are_those_taken_in_units_of_the_bounds(train, scripted):
+    flags, record = scripted([[(3, "truncated")], [(2, "terminated")]])
+    run_dir = train(*flags)
+    rows = load(run_dir)["rows"]
+    assert len(rows) == 40 and rows[:, 3:5].abs().max() <= 1
+    assert (rows[:20, 3:5].amax(0) > 0.5).all() and (rows[:20, 3:5].amin(0) < -0.5).all()
+    for row in rows:
+        first, second = ((row[3:5] + 1) / 2).tolist()
+        expected = [-3 + first * 4, 1 + second * 1]  # bounds [-3, 1] and [1, 2]
+        np.testing.assert_allclose(record["received"][tuple(row[:3].tolist())], expected, atol=1e-6)
 
 
-BOUNDS = {
-    "Humanoid-v4": ([-0.4] * 17, [0.4] * 17),
-    "InvertedPendulum-v4": ([-3], [3]),
-    "Spaces-v0": ([-5, 0, 0.25], [1, 1, 100]),
+def test_an_evaluation_counts_the_first_episode_of_each_environment(train, scripted):
+    """Environments 2 and 3 are the first evaluation, 4 and 5 the second. Returns and updates, which
+    start in time, by hand."""
+    two, last = [[(9, "truncated")]] * 2, [(4, "both"), (9, "truncated")]
+    flags, _ = scripted([*two, [(2, "both")], [(1, "terminated")], [(3, "truncated")], last])
+    run_dir = train(*flags)
+    assert metrics(run_dir) == [[20, 0, 37, 6], [40, 10, 168, 42]]
+    assert scalars(run_dir, "eval/episodic_return") == [(20, 37), (40, 168)]
+
+
+# Seeds
+def test_a_seed_fixes_the_metrics(train):
+    """The same seed gives the same metrics.csv to the byte, another seed another."""
+    first, same, other = (
+        (train("--seed", seed, "--exp-name", name) / "metrics.csv").read_bytes()
+        for name, seed in [("first", 3), ("same", 3), ("other", 4)]
+    )
+    assert first == same != other
+
+
+class DrawsFromNumPy(Made):
+    def observe(self):
+        return np.random.uniform(-1, 1, 2).astype(np.float32)
+
+
+def test_a_task_that_draws_from_numpy_repeats(train, register):
+    """Its numbers come from np.random, NumPy's global stream."""
+    flags = register(DrawsFromNumPy)
+    first, same = (load(train(*flags, "--exp-name", name))["rows"] for name in ("a", "b"))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, load(train(*flags, "--seed", 2))["rows"])
+
+
+def test_evaluations_leave_the_training_unchanged(train):
+    """The same transitions and weights, however often the training is interrupted by them."""
+    often, once = (train("--eval-frequency", n, "--exp-name", f"every-{n}") for n in (4, 40))
+    assert len(metrics(often)) == 10 and metrics(often)[-1] == metrics(once)[0]
+    often, once = load(often), load(once)
+    assert torch.equal(often["rows"], once["rows"])
+    for name, value in often["agent"].items():
+        assert torch.equal(value, once["agent"][name]), name
+
+
+def test_training_and_evaluation_have_different_seeds(train, scripted):
+    """All evaluations begin in the same states, no training does, and a resumed one in new ones."""
+    flags, record = scripted([[(10**6, "truncated")]] * 2)
+    run_dir = train(*flags)
+    train("--resume", run_dir, "--total-timesteps", 60)
+    seeds = [seed for _, seed in record["seeds"]]
+    training, first, second, resumed, third = (set(seeds[i : i + 2]) for i in range(0, 10, 2))
+    assert first == second == third and len(training | first | resumed) == 6
+
+
+# How tasks may look
+VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+GOAL = gym.spaces.Dict({"observation": VECTOR, "achieved": BOX, "desired": BOX})
+IMAGE = gym.spaces.Box(0, 255, (4, 4, 3), np.uint8)
+SQUARE = gym.spaces.Box(
+    np.array([[-2.0, 0], [1, -9]]), np.array([[2.0, 3], [4, 0]]), dtype=np.float64
+)
+
+
+class Remembers(Made):
+    """Keeps every observation that it gave, flat."""
+
+    def __init__(self, given, **spaces):
+        super().__init__(**spaces)
+        self.given = given
+
+    def observe(self):
+        observation = self.observation_space.sample()
+        self.given.add(
+            gym.spaces.flatten(self.observation_space, observation).astype("f").tobytes()
+        )
+        return observation
+
+
+SPACES = {
+    "goal": (GOAL, BOX),
+    "tuple": (gym.spaces.Tuple([BOX, gym.spaces.Discrete(3)]), BOX),
+    "two dimensions": (gym.spaces.Box(-1, 1, (2, 3)), SQUARE),
+    "image": (IMAGE, BOX),
+    "float64": (VECTOR, gym.spaces.Box(-1, 1, (2,), np.float64)),
+    "discrete": (gym.spaces.Discrete(4), SQUARE),
 }
 
 
-@pytest.mark.parametrize("env_id", BOUNDS)
-def test_actions_are_rescaled(module, register_spaces, monkeypatch, env_id):
-    """An action a in [-1, 1] reaches the task as low + (a + 1)/2 (high - low), never outside its bounds."""
-    low, high = (np.float32(bound) for bound in BOUNDS[env_id])
-    register_spaces(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(low, high))
-    envs = module.make_envs(env_id, 2)
-    assert (envs.single_action_space.low == -1).all() and (envs.single_action_space.high == 1).all()
-    inner, received = envs.envs[1].unwrapped, []
-    step = inner.step
-    monkeypatch.setattr(inner, "step", lambda action: received.append(np.array(action)) or step(action))
-    envs.reset(seed=1)
-    uniform = np.random.default_rng(1).uniform(-1, 1, (50, len(low)))
-    actions = [np.full(len(low), a) for a in (-1, 0, 1)] + list(uniform)
-    for action in np.float32(actions):
-        envs.step(np.stack([-action, action]))
-    envs.close()
-    assert len(received) == 53
-    rounding = np.spacing(np.maximum(abs(low), abs(high)))  # of one operation in float32
-    for action, got in zip(np.float64(np.float32(actions)), np.float64(received), strict=True):
-        expected = low + (action + 1) / 2 * (np.float64(high) - low)
-        assert (abs(got - expected) <= 2 * rounding).all()
-        assert (low - rounding <= got).all() and (got <= high + rounding).all()
+@pytest.mark.parametrize("name", SPACES)
+def test_any_observations_and_boxes_of_actions_work(train, register, name):
+    """Made checks its actions. What is stored are its observations, flat."""
+    given, (observations, actions) = set(), SPACES[name]
+    spaces = {"observation_space": observations, "action_space": actions}
+    run_dir = train(*register(Remembers, given=given, **spaces))
+    rows, width = load(run_dir)["rows"].numpy(), gym.spaces.flatdim(observations)
+    assert rows.shape == (40, 2 * width + int(np.prod(actions.shape)) + 2)
+    stored = [*rows[:, :width], *rows[:, -1 - width : -1]]
+    assert all(observation.tobytes() in given for observation in stored)
 
 
-def test_seeds(run):
-    """A seed fixes the resets and the actions, another seed changes them, and sub-environments start differently."""
-    settings = {"env_id": "InvertedPendulum-v4", "num_envs": 3, "total_timesteps": 60, "learning_starts": 48}
-    first, again, other = (run(name, seed=seed, **settings)[0] for name, seed in [("a", 3), ("b", 3), ("c", 33)])
-    assert len(first) == 20
-    for columns, same in zip(first, again, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(columns, same, strict=True))
-    for i in range(3):  # every sub-environment has its own start, and so has every seed
-        starts = [obs[i] for obs in (first[0][0], first[0][0].roll(1, 0), other[0][0])]
-        assert not torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
-    actions, other_actions = (torch.cat([columns[1] for columns in added[:16]]) for added in (first, other))
-    assert len(set(actions[:, 0].tolist())) == 48 and not set(actions[:, 0].tolist()) & set(
-        other_actions[:, 0].tolist()
+def test_a_task_may_have_an_info_called_episode(train, register):
+    run_dir = train(*register(Made))
+    assert scalars(run_dir, "charts/episodic_return") == [
+        (10 * i, 5) for i in (1, 1, 2, 2, 3, 3, 4, 4)
+    ]
+
+
+BOUNDS = {
+    "symmetric": ([-0.4] * 3, [0.4] * 3, np.float32),
+    "odd": ([-5, 0.1, 0.25], [1, 0.7, 100], np.float32),
+    "far": ([1e6, -1e-6, 0], [1e6 + 1, 1e-6, 1e6], np.float32),
+    "float64": ([-0.1, 0.1, -7.7], [0.3, 0.7, 1e9], np.float64),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_actions_are_rescaled_and_never_leave_the_bounds(register, name):
+    """a in [-1, 1] reaches the task as low + (a + 1)/2 (high - low); Made checks the bounds, which
+    the rounding of this must not cross."""
+    low, high, dtype = BOUNDS[name]
+    low, high = np.array(low, dtype), np.array(high, dtype)
+    _, env_id = register(Made, action_space=gym.spaces.Box(low, high, dtype=dtype))
+    env = sdac.make_env(env_id)
+    env.reset()
+    task, received = env.unwrapped, []
+    task.step = lambda action: received.append(action) or Made.step(task, action)
+    actions = np.random.default_rng(1).uniform(-1, 1, (200, 3)).astype(np.float32)
+    actions[:3] = [[-1] * 3, [0] * 3, [1] * 3]
+    for action in actions:
+        env.step(action)
+    expected = low + (np.float64(actions) + 1) / 2 * (np.float64(high) - low)
+    error = 4 * np.spacing(np.maximum(abs(low), abs(high)))
+    assert (abs(np.float64(received) - expected) <= error).all()
+
+
+def test_a_task_of_a_module_works(train, monkeypatch):
+    """--env-id module:Name-v0 imports the module, and the run folder's name has no colon."""
+    code = "import gymnasium\nimport conftest\n"
+    code += "gymnasium.register('MadeElsewhere-v0', conftest.Made)"
+    Path("made_elsewhere.py").write_text(code)
+    monkeypatch.syspath_prepend(Path.cwd())
+    run_dir = train("--env-id", "made_elsewhere:MadeElsewhere-v0")
+    assert (
+        run_dir.name.startswith("made_elsewhere-MadeElsewhere-v0__") and len(metrics(run_dir)) == 2
     )
+    gym.registry.pop("MadeElsewhere-v0")
 
 
-def test_every_episode_has_a_fresh_seed(scripted, run, monkeypatch):
-    """Every checkpoint gives new seeds, and so does another run; all evaluations of a run have the same, others."""
-    seeds, reset = [], scripted.reset
-
-    def watched(self, seed=None, options=None):
-        result = reset(self, seed, options)
-        seeds.append((self.who, seed))
-        return result
-
-    monkeypatch.setattr(scripted, "reset", watched)
-    chosen, evaluated = [], []
-    for seed in (1, 11):
-        scripted.born, scripted.plan = 0, [[(10**6, "truncated")]] * 2
-        seeds.clear()
-        settings = {"learning_starts": 60, "total_timesteps": 60, "eval_frequency": 30, "checkpoint_frequency": 20}
-        run(str(seed), env_id="Scripted-v0", seed=seed, **settings)
-        given = [(who, number) for who, number in seeds if number is not None]  # those without begin by themselves
-        chosen += [number for who, number in given if who < 2]
-        first, *again = ([dict(given)[who] for who in pair] for pair in ((2, 3), (4, 5)))
-        assert again == [first]
-        evaluated += first
-    assert len(chosen) == 2 * 4 * 2  # at steps 0, 20, 40 and 60, for two environments in two runs
-    assert len(set(chosen + evaluated)) == len(chosen) + 4
+INFINITE = np.float32([np.inf, 1])
+REFUSED = {
+    "Discrete": {"action_space": gym.spaces.Discrete(4)},
+    "MultiDiscrete": {"action_space": gym.spaces.MultiDiscrete([2, 3])},
+    "Dict": {"action_space": gym.spaces.Dict({"x": BOX})},
+    "int32": {"action_space": gym.spaces.Box(0, 10, (2,), np.int32)},
+    "-inf, inf": {"action_space": gym.spaces.Box(-np.inf, np.inf, (2,))},
+    "bounds": {"action_space": gym.spaces.Box(-1, INFINITE)},
+    "Sequence": {"observation_space": gym.spaces.Sequence(BOX)},
+}
 
 
-def test_warm_up_actions_are_uniform(scripted, run):
-    """Of 4000 warm-up actions, a quarter lies in each quarter of [-1, 1], in both dimensions (within 5 sigma)."""
-    scripted.plan = [[(10, "truncated")]] * 5
-    added, acted = run(env_id="Scripted-v0", num_envs=5, total_timesteps=4000, learning_starts=4000)
-    actions = torch.cat([columns[1] for columns in added]).numpy()
-    assert actions.shape == (4000, 2) and not acted
-    for values in actions.T:
-        counts, _ = np.histogram(values, bins=[-1, -0.5, 0, 0.5, 1])
-        assert counts.sum() == 4000 and np.abs(counts - 1000).max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
-    assert abs(np.corrcoef(actions.T)[0, 1]) < 5 / 4000**0.5
-
-
-def test_evaluation_leaves_training_alone(run, tmp_path):
-    """Training sees the same transitions however often it is interrupted by evaluations."""
-    settings = {"env_id": "InvertedPendulum-v4", "total_timesteps": 120, "learning_starts": 40}
-    often, _ = run("often", eval_frequency=10, **settings)
-    once, _ = run("once", eval_frequency=120, **settings)
-    assert len(often) == len(once) == 60
-    for columns, same in zip(often, once, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(columns, same, strict=True))
-    tables = []
-    for folder in ("often", "once"):
-        (path,) = (tmp_path / folder).glob("runs/*/metrics.csv")
-        tables.append(list(csv.reader(path.open())))
-    assert [row[0] for row in tables[0][1:]] == [str(step) for step in range(10, 121, 10)]
-    assert len(tables[1]) == 2 and tables[1][-1] == tables[0][-1]
-    assert len({tuple(row[2:]) for row in tables[0][1:]}) > 1  # the policy did change in between
-
-
-def test_evaluation_repeats_itself(module, small_args):
-    """Two evaluations of an unchanged agent agree, whatever the global random stream does; another seed's differs."""
-    args = small_args(env_id="Hopper-v4", eval_episodes=3)
-    torch.manual_seed(1)
-    agent = module.Agent(args, 11, 3, torch.device("cpu"))
-    before = {name: value.clone() for name, value in agent.state_dict().items()}
-    first = module.evaluate(agent, args, torch.device("cpu"))
-    torch.manual_seed(2)
-    np.random.seed(2)
-    assert module.evaluate(agent, args, torch.device("cpu")) == first
-    other = module.evaluate(agent, small_args(env_id="Hopper-v4", eval_episodes=3, seed=77), torch.device("cpu"))
-    assert other["episodic_return"] != first["episodic_return"]
-    assert all(torch.equal(value, before[name]) for name, value in agent.state_dict().items())
-
-
-class Idle:
-    """An agent that always takes the middle action and checks how it is asked."""
-
-    def act(self, obs, generator, explore):
-        assert obs.dtype == torch.float32 and isinstance(generator, torch.Generator) and explore is False
-        return torch.zeros(len(obs), 2)
-
-
-def test_evaluate_counts_one_episode_each(module, scripted, small_args):
-    """Returns and lengths stop at each environment's first ending, while the others run on."""
-    scripted.plan = [
-        [(1, "terminated"), (2, "terminated")],
-        [(3, "truncated"), (1, "both")],
-        [(2, "both"), (1, "truncated")],
-        [(5, "truncated"), (1, "terminated")],
-    ]
-    result = module.evaluate(Idle(), small_args(env_id="Scripted-v0", eval_episodes=4), torch.device("cpu"))
-    returns = [1, 11 + 12 + 13, 21 + 22, 31 + 32 + 33 + 34 + 35]
-    assert result["episodic_return"] == pytest.approx(sum(returns) / 4)
-    assert result["episodic_return_std"] == pytest.approx(pstdev(returns))
-    assert result["episodic_length"] == pytest.approx((1 + 3 + 2 + 5) / 4)
-
-
-def test_metrics_file_holds_the_evaluations(scripted, run, tmp_path):
-    """metrics.csv and TensorBoard hold, for every evaluation, the hand-computed statistics of its two episodes."""
-    scripted.plan = [
-        [(9, "truncated")],
-        [(9, "truncated")],
-        [(2, "both")],
-        [(1, "both")],
-        [(3, "truncated")],
-        [(4, "both")],
-    ]
-    run(env_id="Scripted-v0", learning_starts=30, total_timesteps=60, eval_frequency=30)
-    (path,) = tmp_path.glob("run/runs/*/metrics.csv")
-    header, *table = csv.reader(path.open())
-    assert header == ["global_step", "updates", "episodic_return", "episodic_return_std", "episodic_length"]
-    # environments 2 and 3: returns 21 + 22 and 31; then 4 and 5: 41 + 42 + 43 and 51 + 52 + 53 + 54
-    assert [[float(x) for x in row] for row in table] == [[30, 0, 37, 6, 1.5], [60, 15, 168, 42, 3.5]]
-    assert scalars(tmp_path / "run", "eval/episodic_return") == [(30, 37), (60, 168)]
-    assert scalars(tmp_path / "run", "eval/episodic_length") == [(30, 1.5), (60, 3.5)]
+@pytest.mark.parametrize("word", REFUSED)
+def test_other_spaces_are_refused(refused, register, word):
+    sentence = refused(*register(Made, **REFUSED[word]))
+    assert sentence.startswith("Made-v0 cannot be used: ") and word in sentence

@@ -1,562 +1,336 @@
-"""Runs that are interrupted, killed and resumed, that diverge or lose their surroundings, and hostile checkpoints."""
+"""Runs that are interrupted, killed, resumed and evaluated, or that diverge; and hostile files."""
 
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
-from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import get_args
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, STARTED, command_line, small_flags, start_process, wait_for
+from conftest import Killed, Made, evaluated_steps, finish, load, metrics, scalars, start_process
 
-# Checkpoints at 0, 60 (before learning starts), 120 (the buffer has wrapped), 180 and 240
-RUN = "--no-cuda --env-id Hopper-v4 --learning-starts 70 --buffer-size 110 --total-timesteps 240 --eval-frequency 80"
-RUN = f"{RUN} --eval-episodes 1 --checkpoint-frequency 60".split()
-SMALL = {name: small_flags(name) for name in SCRIPTS}
-SMALL["sdac_continuous_action"] += ["--alpha-frequency", "5"]  # so that α moves before and after a checkpoint
+import sac_continuous_action as sac
+import sdac_continuous_action as sdac
 
 
-class Killed(BaseException):
-    """Ends a run as SIGKILL does: nothing catches it."""
-
-
-def killed():
+def raise_killed(*_):
     raise Killed
 
 
-@pytest.fixture
-def main(module, script, monkeypatch, tmp_path):
-    """Runs main() in an empty folder, with the flags of a small run before the given ones unless it is resumed."""
-    monkeypatch.chdir(tmp_path)
-
-    def main(*flags):
-        small = [] if {"--resume", "--evaluate"} & set(flags) else [*SMALL[script], *RUN]
-        module.main(*module.parse([*small, *map(str, flags)]))
-
-    return main
+def end(train, *flags):
+    """A run that ends by SystemExit: its status or sentence."""
+    with pytest.raises(SystemExit) as caught:
+        train(*flags)
+    return caught.value.code
 
 
-@pytest.fixture
-def stops(main, capsys):
-    """Asserts that main() ends with the given status and one sentence, which it returns."""
-
-    def stops(status, *flags):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main(*flags)
-        error, code = capsys.readouterr().err, caught.value.code
-        error, code = (f"{error}{code}\n", 1) if isinstance(code, str) else (error, code)  # as Python does it
-        assert code == status and re.fullmatch("error: [^\n]+\n", error), (code, error)
-        return error
-
-    return stops
-
-
-@pytest.fixture
-def at_step(module, monkeypatch):
-    """Does something in one step of a training, before the buffer has its transitions; what follows is as ever."""
-
-    def at_step(step, act):
-        add, added = module.ReplayBuffer.add, []
-
-        def watched(self, obs, *columns):
-            added.append(len(obs))
-            if sum(added) == step:
-                act()
-            add(self, obs, *columns)
-
-        monkeypatch.setattr(module.ReplayBuffer, "add", watched)
-
-    return at_step
-
-
-@pytest.fixture(scope="session")
-def references():
-    """The uninterrupted runs that were made so far."""
-    return {}
-
-
-@pytest.fixture
-def reference(references, script, tmp_path_factory):
-    """An uninterrupted run of the script, as a user starts it: its run folder and metrics.csv."""
-    if script not in references:
-        folder = tmp_path_factory.mktemp(script)
-        process = command_line(script, *SMALL[script], *RUN, cwd=folder)
-        assert process.returncode == 0 and process.stderr == "", process.stderr
-        (run_dir,) = folder.glob("runs/*")
-        references[script] = SimpleNamespace(run_dir=run_dir, metrics=(run_dir / "metrics.csv").read_bytes())
-    return references[script]
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def the_run():
-    """The only run folder, with a checkpoint and nothing half-written, and the checkpoint."""
+    """The only run folder."""
     (run_dir,) = Path("runs").iterdir()
-    assert not list(run_dir.glob("*.tmp"))
-    return run_dir, torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    return run_dir
 
 
-def equal(tree, other):
-    """Whether all tensors in nested dictionaries and lists are equal and finite."""
-    if isinstance(tree, dict):
-        return tree.keys() == other.keys() and all(equal(value, other[key]) for key, value in tree.items())
-    if isinstance(tree, list):
-        return len(tree) == len(other) and all(map(equal, tree, other))
-    return torch.equal(tree, other) and bool(tree.isfinite().all())
-
-
-def finite(tree):
-    """Whether all tensors in nested dictionaries and lists are finite."""
-    return equal(tree, tree)
+def files(run_dir):
+    return {path.name: path.read_bytes() for path in Path(run_dir).iterdir()}
 
 
 # Resuming
+CHANGES = {
+    "--num-envs 7": [20, 40, 61, 82, 103],  # the run has made 40 steps
+    "--num-envs 1": [20, 40, 60, 80, 100],
+    "--eval-frequency 30": [20, 40, 60, 90, 100],
+    "--eval-frequency 9": [20, 40, 46, 54, 64, 72, 82, 90, 100],
+    "--total-timesteps 41": [20, 40, 42],
+    "--total-timesteps 30": [20, 40],
+}
 
 
-@pytest.mark.parametrize("step, name", [(40, ""), (100, "checkpoint.pt"), (170, "model.pt"), (200, "")])
-def test_killed_and_resumed(main, reference, at_step, step, name):
-    """Killed before learning starts, and while and after the buffer wraps, and resumed with the run folder or a file
-    in it: the same metrics.csv, and in the end the same networks, optimisers, buffer and random stream."""
-    at_step(step, killed)
-    with pytest.raises(Killed):
-        main()
-    run_dir, checkpoint = the_run()
-    assert checkpoint["step"] == (step - 1) // 60 * 60
-    main("--resume", run_dir / name)
-    assert (run_dir / "metrics.csv").read_bytes() == reference.metrics
-    final, expected = (
-        torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, reference.run_dir)
-    )
-    for key in ("agent", "optimizers", "rows", "generator"):
-        assert equal(final[key], expected[key]), key
-    assert all(final["optimizers"]) and len(final["optimizers"]) == 3  # each has made a step
-    assert equal(torch.load(run_dir / "model.pt", weights_only=True)["agent"], expected["agent"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resumed_run_may_change_its_plan(train, change):
+    """It ends, and evaluates when due: with the first step at or after a multiple of the frequency,
+    and with the last."""
+    run_dir = train()
+    train("--resume", run_dir, "--total-timesteps", 100, *change.split())
+    assert evaluated_steps(run_dir) == CHANGES[change]
+    assert load(run_dir)["step"] == evaluated_steps(run_dir)[-1]
 
 
-STATISTICS = [([], "q_spread"), (["--weighting", "mirror-descent"], "q_moments")]
+def test_a_resumed_run_goes_on_from_the_same_state(train, monkeypatch):
+    """Networks, averages, optimisers, counters and transitions are those of the checkpoint."""
+    run_dir = train()
+    saved, given = load(run_dir), []
+    monkeypatch.setattr(sdac, "train", lambda *inputs: given.extend(inputs))
+    train("--resume", run_dir)
+    agent, buffer, folder, _ = given
+    assert folder == run_dir and (agent.updates, buffer.added) == (10, 40)
+    assert agent.evaluations == saved["evaluations"] and len(saved["evaluations"]) == 2
+    assert_same(saved["agent"], dict(agent.state_dict()))
+    optimizers = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
+    assert_same(saved["optimizers"], optimizers)
+    assert_same(saved["rows"], buffer.rows[:40])
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:1])
-@pytest.mark.parametrize("flags, name", STATISTICS)
-def test_running_statistics_are_resumed(main, at_step, tmp_path, monkeypatch, flags, name):
-    """The same for the variants that follow the mean, the deviation or the spread of Q."""
-    main(*flags)
-    expected = the_run()
-    (tmp_path / "again").mkdir()
-    monkeypatch.chdir(tmp_path / "again")
-    at_step(170, killed)
-    with pytest.raises(Killed):
-        main(*flags)
-    run_dir, checkpoint = the_run()
-    assert not {0.0, 1.0} & set(checkpoint["agent"][name].flatten().tolist())  # where they begin
-    main("--resume", run_dir)
-    assert equal(the_run()[1]["agent"], expected[1]["agent"])
-    assert (run_dir / "metrics.csv").read_bytes() == (tmp_path / expected[0] / "metrics.csv").read_bytes()
+FIXED = {"env_id": "Hopper-v4", "buffer_size": 99, "denoising_steps": 4, "published": None}
 
 
-def test_killed_twice(main, reference, at_step):
-    """A resumed run can be killed and resumed again; each evaluation is there once and the clock does not go back."""
-    for step in (170, 30):  # of the run, then of the resumed run, which begins at 120
-        at_step(step, killed)
-        with pytest.raises(Killed):
-            main(*(["--resume", the_run()[0]] if step == 30 else []))
-    run_dir, checkpoint = the_run()
-    torch.save(checkpoint | {"seconds": 1000.0}, run_dir / "checkpoint.pt")
-    main("--resume", run_dir)
-    run_dir, checkpoint = the_run()
-    assert (run_dir / "metrics.csv").read_bytes() == reference.metrics
-    assert [row[0] for row in checkpoint["evaluations"]] == [80, 160, 240]
-    first, *others = (row[5] for row in checkpoint["evaluations"])
-    assert 0 < first < 1000 < others[0] < others[1] < checkpoint["seconds"] < 2000
+@pytest.mark.parametrize("name", FIXED)
+def test_what_a_run_is_made_of_cannot_change(train, refused, name):
+    run_dir = train()
+    flag = [f"--{name.replace('_', '-')}", *([FIXED[name]] if FIXED[name] else [])]
+    for way in ("--resume", "--evaluate"):
+        saved = load(run_dir)["args"][name]
+        assert refused(way, run_dir, *flag) == f"{name} must stay {saved} in this run"
 
 
-@pytest.mark.parametrize("content", [None, "half a row"])
-def test_logs_changed_after_the_checkpoint(main, reference, at_step, content):
-    """Rows that were lost or doubled in metrics.csv after the checkpoint do not matter."""
-    at_step(170, killed)
-    with pytest.raises(Killed):
-        main()
-    metrics = the_run()[0] / "metrics.csv"
-    metrics.write_text(content) if content else metrics.unlink()
-    main("--resume", metrics.parent)
-    assert metrics.read_bytes() == reference.metrics
+def test_killed_between_evaluation_and_checkpoint(train, at_step, monkeypatch):
+    """metrics.csv and TensorBoard have each evaluation once, after the run was resumed."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(24, lambda: patch.setattr(sdac, "save_checkpoint", raise_killed))
+        train()
+    assert [step for step, _ in scalars(the_run(), "eval/episodic_return")] == [20, 40]
+    time.sleep(1)  # The names of TensorBoard's files have the second.
+    train("--resume", the_run(), "--total-timesteps", 60)
+    assert evaluated_steps(the_run()) == [20, 40, 60]
+    assert [step for step, _ in scalars(the_run(), "eval/episodic_return")] == [20, 40, 60]
 
 
-def test_checkpoint_holds_only_filled_rows(main, at_step):
-    """The file has the filled rows of the buffer, not the space behind them, and no part of another file is left."""
-    at_step(100, killed)
-    with pytest.raises(Killed):
-        main()
-    _, checkpoint = the_run()
-    assert checkpoint["rows"].shape == (60, 11 + 3 + 1 + 11 + 1)
-    assert checkpoint["rows"].untyped_storage().nbytes() == 60 * 27 * 4
+@pytest.mark.parametrize("name", ["model.pt", "checkpoint.pt"])
+def test_killed_while_a_file_is_written(train, at_step, monkeypatch, name):
+    """The file of the checkpoint before is still there, and the run goes on from it."""
+    save = torch.save
+
+    def dies(contents, path):
+        save(contents, path)
+        if ("rows" in contents) == (name == "checkpoint.pt"):
+            Path(path).write_bytes(Path(path).read_bytes()[:5000])
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(24, lambda: patch.setattr(torch, "save", dies))
+        train()
+    assert load(the_run(), name)["step"] == 20
+    train("--resume", the_run())
+    assert evaluated_steps(the_run()) == [20, 40] and load(the_run(), "model.pt")["step"] == 40
 
 
-def test_a_finished_run(main, reference, capsys, tmp_path):
-    """Resumed, it writes its model again and evaluates nothing; with more steps it goes on from its last state."""
-    run_dir = shutil.copytree(reference.run_dir, tmp_path / "copy")
-    (run_dir / "model.pt").unlink()
-    main("--resume", run_dir)
-    assert (run_dir / "metrics.csv").read_bytes() == reference.metrics and (run_dir / "model.pt").is_file()
-    assert capsys.readouterr().out == "device: cpu\n"
-    main("--resume", run_dir, "--total-timesteps", 300, "--eval-episodes", 2)
-    metrics = (run_dir / "metrics.csv").read_bytes()
-    assert metrics.startswith(reference.metrics) and metrics.splitlines()[-1].startswith(b"300,115,")
-    main("--resume", run_dir, "--total-timesteps", 100)
-    assert (run_dir / "metrics.csv").read_bytes() == metrics
+# Memory
+def memory(kind):
+    """Memory of this process in MB: VmHWM is the largest since the last reset."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(kind))
+    return int(line.split()[1]) / 1000
 
 
-def test_flags_beside_resume_win(module, reference):
-    """The arguments of the run are the defaults, and any flag given beside --resume wins."""
-    resume = ["--resume", str(reference.run_dir)]
-    saved, _ = module.parse(resume)
-    expected = module.parse([*SMALL[saved.exp_name], *RUN])[0]
-    assert saved == replace(expected, resume=str(reference.run_dir))
-    for field in fields(saved):
-        value, flag = getattr(saved, field.name), f"--{field.name.replace('_', '-')}"
-        if field.name in ("resume", "evaluate"):
-            continue
-        choices = [x for x in get_args(field.type) if type(x) is str and x != value]
-        if type(value) is bool:
-            other, flags = not value, [f"--{'no-' if value else ''}{flag[2:]}"]
-        else:
-            other = choices[0] if choices else 2 * value + 1 if type(value) in (int, float) else "x"
-            other = 9 if int in get_args(field.type) else other
-            flags = [flag, str(other)]
-        assert module.parse([*resume, *flags])[0] == replace(saved, **{field.name: other}), field.name
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="no /proc")
+MB = 250_000  # numbers
 
 
-@pytest.fixture
-def resumed(module, main, reference, tmp_path, monkeypatch):
-    """Resumes the reference run with changes of its checkpoint and flags; returns what train() is given."""
-
-    def resumed(changes, *flags):
-        path = tmp_path / "checkpoint.pt"
-        torch.save(torch.load(reference.run_dir / "checkpoint.pt", weights_only=True) | changes, path)
-        given = []
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "train", lambda args, agent, buffer, generator, state: given.extend((agent, buffer)))
-            main("--resume", path, *flags)
-        return given
-
-    return resumed
-
-
-@pytest.mark.parametrize("updates, factor", [(100, 1), (2 * 25_000, 1), (2 * 60_000, 0.37), (2 * 10**6, 0.1)])
-def test_learning_rates_after_resume(script, resumed, updates, factor):
-    """SDAC's policy learning rate is that of the resumed number of updates: held for 25,000 updates of the policy, then
-    it falls in 50,000 by nine tenths; all others are constant, and flags beside --resume are in effect."""
-    for flags, rates in [([], None), (["--q-lr", 0.01, "--policy-lr", 0.02, "--alpha-lr", 0.03], [0.01, 0.02, 0.03])]:
-        agent, buffer = resumed({"updates": updates}, *flags)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(2):
-            agent.update(buffer.sample(16, generator), generator)
-        q_lr, policy_lr, alpha_lr = rates or [3e-4, 3e-4, 7e-3 if script == "sdac_continuous_action" else 3e-4]
-        expected = [q_lr, policy_lr * (factor if script == "sdac_continuous_action" else 1), alpha_lr]
-        found = [group["lr"] for optimizer in agent.optimizers for group in optimizer.param_groups]
-        assert found == pytest.approx(expected, rel=1e-6) and agent.updates == updates + 2
+@needs_proc
+def test_saving_copies_the_filled_part_once_and_writes_nothing_else(tmp_path):
+    """With 120 MB of 480 filled, the peak is 120 MB more, and so is the file."""
+    agent = sdac.Agent(sdac.Args(), 3, 1)
+    buffer = sdac.ReplayBuffer(480 * MB // 10, 4, 0)
+    filled = 120 * MB // 10
+    buffer.added = filled
+    buffer.rows[:filled] = 1
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory("VmRSS")
+    sdac.save_checkpoint(tmp_path, agent, buffer)
+    assert 110 < memory("VmHWM") - before < 150
+    assert 120 < (tmp_path / "checkpoint.pt").stat().st_size / 1e6 < 135
+    assert load(tmp_path)["rows"].shape == (filled, 10)
 
 
-def test_buffer_size_beside_resume(main, resumed, reference, stops):
-    """Another --buffer-size is refused where the rows do not tell their order or do not fit; else it is in effect."""
-    checkpoint = torch.load(reference.run_dir / "checkpoint.pt", weights_only=True)
-    for size in (100, 111, 1000):  # 110 rows are all that is left of 240
-        stops(2, "--resume", reference.run_dir, "--buffer-size", size)
-    _, buffer = resumed({"step": 60, "rows": checkpoint["rows"][:60].clone()}, "--buffer-size", 1000)
-    assert len(buffer.rows) == 1000 and torch.equal(buffer.rows[:60], checkpoint["rows"][:60])
-    drawn = torch.cat(buffer.sample(2000, torch.Generator().manual_seed(0))[0:1])
-    assert len(drawn.unique(dim=0)) == len(checkpoint["rows"][:60, :11].unique(dim=0))
+@needs_proc
+def test_resuming_holds_the_transitions_once(train, register, monkeypatch):
+    """They are read from the file when the buffer takes them, and no copy stays in memory."""
+    run_dir = train(*register(Made), "--buffer-size", 130 * MB // 8)
+    saved = load(run_dir)
+    saved |= {"rows": torch.ones(120 * MB // 8, 8), "step": 120 * MB // 8}
+    torch.save(saved, run_dir / "checkpoint.pt")
+    del saved
+    before, found = memory("RssAnon"), []
+    make = sdac.ReplayBuffer.__init__
+
+    def watched(buffer, *sizes):
+        found.append(memory("RssAnon") - before)
+        make(buffer, *sizes)
+
+    monkeypatch.setattr(sdac.ReplayBuffer, "__init__", watched)
+    monkeypatch.setattr(sdac, "train", lambda *_: found.append(memory("RssAnon") - before))
+    train("--resume", run_dir, "--total-timesteps", 10**9)
+    assert found[0] < 60 and 110 < found[1] < 180, found
 
 
 # Signals
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 40), (signal.SIGTERM, 132), (signal.SIGTERM, 180)])
-def test_interrupted(main, at_step, capfd, number, step):
-    """The step is finished, its state is written, the status is that of the signal, one line says how to go on, and the
-    run can be evaluated, without a model.pt, and go on."""
-    at_step(step, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 128 + number
-    run_dir, checkpoint = the_run()
-    assert checkpoint["step"] == step and checkpoint["updates"] == max(0, step - 70) // 2
-    assert len(checkpoint["rows"]) == min(step, 110) and not (run_dir / "model.pt").exists()
-    assert re.fullmatch(f"\ninterrupted: [^\n]*--resume {run_dir} [^\n]*\n", capfd.readouterr().err)
-    main("--evaluate", run_dir)
-    assert f"\nevaluation at step {step}: return " in capfd.readouterr().out and the_run()[1]["step"] == step
-    main("--resume", run_dir)
-    rows = [line.split(b",")[:2] for line in (run_dir / "metrics.csv").read_bytes().splitlines()[1:]]
-    assert rows == [[b"80", b"5"], [b"160", b"45"], [b"240", b"85"]]
+def send(number):
+    os.kill(os.getpid(), number)
 
 
-def test_interrupted_evaluation(module, main, monkeypatch, reference):
-    """An evaluation is finished before the run ends, and is not made again."""
-    evaluate = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda *inputs: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*inputs))
-    with pytest.raises(SystemExit) as caught:
-        main()
-    run_dir, checkpoint = the_run()
-    assert caught.value.code == 143 and checkpoint["step"] == 80
-    first = b"".join(reference.metrics.splitlines(keepends=True)[:2])
-    assert (run_dir / "metrics.csv").read_bytes() == first
-    monkeypatch.setattr(module, "evaluate", evaluate)
-    main("--resume", run_dir)
-    metrics = (run_dir / "metrics.csv").read_bytes()
-    assert metrics.startswith(first) and [line.split(b",")[0] for line in metrics.splitlines()[2:]] == [b"160", b"240"]
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_ends_the_run_in_order(train, at_step, capsys, number):
+    """It writes a checkpoint, names the signal in its status, and says how to go on. It can be
+    evaluated and resumed."""
+    signal.signal(number, lambda *_: pytest.fail("the run has no handler"))
+    at_step(34, lambda: send(number))
+    assert end(train) == STATUS[number]
+    assert load(the_run())["step"] == load(the_run(), "model.pt")["step"] == 32
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"Go on with: python \S+ --resume {the_run()}", last)
+    train("--evaluate", the_run())
+    assert "\nevaluation at step 32: return " in capsys.readouterr().out
+    train("--resume", the_run())
+    assert evaluated_steps(the_run()) == [20, 40]
 
 
-DRIVER = """
-import io, pathlib, sys, time
-sys.path.insert(0, sys.argv.pop(1))
-module, calls = __import__(sys.argv.pop(1)), []
-torch_save = module.torch.save
-def stuck(contents, path):
-    calls.append(path)
-    if len(calls) == 2:
-        torch_save(contents, whole := io.BytesIO())
-        pathlib.Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
-        pathlib.Path("stuck").touch()
-        while True:
-            time.sleep(0.01)
-    torch_save(contents, path)
-module.torch.save = stuck
-module.main(*module.parse(sys.argv[1:]))
-"""
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_signal_ends_an_evaluation(train, monkeypatch, number):
+    """At once; the resumed run makes this evaluation."""
+    act = sdac.Agent.act
+
+    def watched(agent, obs, policy=None, explore=True):
+        if not explore and len(agent.evaluations) == number - 1:
+            send(signal.SIGTERM)
+        return act(agent, obs, policy, explore)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sdac.Agent, "act", watched)
+        assert end(train) == 143
+    assert evaluated_steps(the_run()) == [20, 40][: number - 1]
+    assert load(the_run())["step"] == 20 * number
+    train("--resume", the_run())
+    assert evaluated_steps(the_run()) == [20, 40]
 
 
-@pytest.mark.parametrize("number, times", [(signal.SIGKILL, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
-def test_ended_while_it_writes(main, script, reference, tmp_path, number, times):
-    """A process that SIGKILL or a second signal ends while it writes a checkpoint leaves the one before."""
-    command = [sys.executable, "-c", DRIVER, str(ROOT), script, *SMALL[script], *RUN]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    STARTED.append(process)
-    wait_for(lambda: (tmp_path / "stuck").exists() or process.poll() is not None)
-    lines = []
-    for left in reversed(range(times)):
-        process.send_signal(number)
-        if left:  # the first is answered at once, and does not end what is being written
-            lines = [process.stderr.readline() for _ in range(2)]
-            time.sleep(0.3)
-            assert process.poll() is None
-    assert process.wait(10) == -number and process.stderr.read() == ""
+def test_hangups_stay_ignored_under_nohup(train, at_step):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(34, lambda: send(signal.SIGHUP))
+    assert evaluated_steps(train()) == [20, 40]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_second_signal_ends_the_saving_at_once(train, at_step, monkeypatch):
+    """The checkpoint before stays as it was."""
+    save = torch.save
+
+    def interrupted(contents, path):
+        if contents["step"] == 32:
+            Path(path).write_bytes(b"half")
+            send(signal.SIGTERM)
+            time.sleep(10)
+        save(contents, path)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    at_step(34, lambda: send(signal.SIGINT))
+    start = time.monotonic()
+    assert end(train) == 143 and time.monotonic() - start < 10
+    assert load(the_run())["step"] == load(the_run(), "model.pt")["step"] == 20
+
+
+def test_signal_handlers_come_back(train, at_step):
+    """After a run that ended by itself, and after one that a signal ended."""
+    handlers = [lambda *_: None for _ in STATUS]
+    for number, handler in zip(STATUS, handlers, strict=True):
+        signal.signal(number, handler)
+    train()
+    assert [signal.getsignal(number) for number in STATUS] == handlers
+    at_step(34, lambda: send(signal.SIGTERM))
+    assert end(train) == 143
+    assert [signal.getsignal(number) for number in STATUS] == handlers
+
+
+def test_main_works_in_a_thread(train):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train()))
+    thread.start()
+    thread.join(60)
+    assert evaluated_steps(found[0]) == [20, 40]
+
+
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """It reaches all processes of the group: status 130, no traceback, a checkpoint. What was
+    printed is in a log file before."""
+    process = start_process("--total-timesteps", 10**6, cwd=tmp_path, start_new_session=True)
+    lines = [process.stdout.readline() for _ in range(3)]
+    assert lines[2].startswith("evaluation at step 40: ")
+    os.killpg(process.pid, signal.SIGINT)
+    status, out, err = finish(process)
     (run_dir,) = tmp_path.glob("runs/*")
-    assert times == 1 or (lines[0] == "\n" and f"--resume runs/{run_dir.name} " in lines[1])
-    assert (run_dir / "unfinished.tmp").stat().st_size > 10**6
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"] == 0
-    main("--resume", run_dir)
-    assert (run_dir / "metrics.csv").read_bytes() == reference.metrics
-    the_run()
+    assert (status, err) == (130, "") and f"--resume runs/{run_dir.name}\n" in out
+    assert load(run_dir)["step"] >= 40
 
 
-@pytest.mark.parametrize("moment", ["warm-up", "learning", pytest.param("compilation", marks=pytest.mark.slow)])
-def test_interrupted_process_group(main, script, tmp_path, moment):
-    """Ctrl-C in a terminal, or SIGTERM, reaches every process of the group, compilers too: exit status 130 or 143, no
-    traceback, one sentence that says how to go on, and a checkpoint from which the run does."""
-    number = {"warm-up": signal.SIGTERM, "compilation": signal.SIGINT, "learning": signal.SIGINT}[moment]
-    cache = tmp_path / "cache"
-    flags = [
-        *SMALL[script],
-        *RUN,
-        "--total-timesteps",
-        10**6,
-        "--learning-starts",
-        10**6 if moment == "warm-up" else 20,
-    ]
-    flags += ["--eval-frequency", 10**6, *(["--compile"] if moment == "compilation" else [])]
-    env = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    process = start_process(script, *flags, cwd=tmp_path, env=env, start_new_session=True)
-    events = {"warm-up": "runs/*/checkpoint.pt", "compilation": "cache/**/*.cpp", "learning": "runs/*/checkpoint.pt"}
-    wait_for(lambda: list(tmp_path.glob(events[moment])) or process.poll() is not None)
-    if moment == "learning":
-        (path,) = tmp_path.glob(events[moment])
-        wait_for(lambda: torch.load(path, weights_only=True)["updates"] or process.poll() is not None)
-    os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=300)
-    run_dir, checkpoint = the_run()
-    assert process.returncode == 128 + number, err
-    assert re.fullmatch(f"\n?interrupted: [^\n]*--resume {run_dir} [^\n]*\n", err), err
-    assert out == "device: cpu\n" and checkpoint["updates"] == max(0, checkpoint["step"] - 20) // 2 * (
-        moment != "warm-up"
-    )
-    assert checkpoint["updates"] <= 1 or moment != "compilation"
-    step = checkpoint["step"] + 60
-    main("--resume", run_dir, "--no-compile", "--total-timesteps", step, "--learning-starts", 20)
-    assert the_run()[1]["step"] == step
+# Numbers that are not finite
+class PaysNaN(Made):
+    """Its reward is not a number from its 31st step on. It takes any actions."""
 
-
-# Divergence and failing surroundings
-
-
-class Faulty(gym.Env):
-    """Random observations in episodes of 5 steps. The second environment has a fault in its step 25, step 50 of all."""
-
-    fault, born = None, 0
-    observation_space, action_space = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Box(-1, 1, (2,))
-
-    def __init__(self, render_mode=None):
-        self.who, self.steps = None, 0
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        if self.who is None:
-            self.who, Faulty.born = Faulty.born, Faulty.born + 1
-        if self.due() and self.fault == "reset raises":
-            raise ValueError("no way\nback")
-        obs = np.float32(self.np_random.normal(size=3))
-        return obs * np.float32(np.nan if self.due() and self.fault == "reset nan" else 1), {}
-
-    def due(self):
-        return self.who == 1 and self.steps == 25
+    paid = 0
 
     def step(self, action):
-        self.steps += 1
-        obs, reward, fault = np.float32(self.np_random.normal(size=3)), 1.0, self.fault if self.due() else None
-        if fault == "raises":
-            raise RuntimeError("motor\nburnt")
-        obs = {"nan": obs * np.float32(np.nan), "shape": obs[:2]}.get(fault, obs)
-        reward = {"reward nan": np.nan, "reward inf": np.inf, "reward huge": 1e300}.get(fault, reward)
-        return obs, reward, False, self.steps % 5 == 0 and fault != "shape", {}
+        return super().step(np.zeros(2, np.float32))
+
+    def reward(self):
+        self.paid += 1
+        return np.nan if self.paid > 30 else 1.0
 
 
-@pytest.fixture
-def faulty(monkeypatch):
-    """Registers Faulty as Faulty-v0 with the given fault."""
-
-    def faulty(fault):
-        monkeypatch.setitem(gym.registry, "Faulty-v0", gym.envs.registration.EnvSpec("Faulty-v0", Faulty))
-        monkeypatch.setattr(Faulty, "fault", fault)
-        monkeypatch.setattr(Faulty, "born", 0)
-        return "--env-id Faulty-v0 --learning-starts 32 --batch-size 32 --total-timesteps 400".split()
-
-    return faulty
+NAN = ["--total-timesteps", 200, "--eval-frequency", 40, "--buffer-size", 40]
 
 
-FAULTS = [(fault, 40) for fault in ("nan", "reset nan", "reward nan", "reward inf", "reward huge")]
+@pytest.mark.parametrize("ending", ["evaluation", "signal"])
+def test_a_run_that_diverges_ends_with_a_sentence(train, register, at_step, ending):
+    """It says what is not finite, and the last checkpoint is one with finite numbers."""
+    if ending == "signal":
+        at_step(78, lambda: send(signal.SIGTERM))
+    assert re.fullmatch("q_values is not finite. .*", end(train, *register(PaysNaN), *NAN))
+    assert load(the_run())["step"] == load(the_run(), "model.pt")["step"] == 40
+    for name in ("checkpoint.pt", "model.pt"):
+        assert all(value.isfinite().all() for value in load(the_run(), name)["agent"].values())
+    assert evaluated_steps(the_run()) == [40]
 
 
-@pytest.mark.parametrize("fault, frequency", [*FAULTS, ("nan", 12)])
-def test_not_finite(main, stops, faulty, fault, frequency):
-    """What is not finite, in float32, ends the run at the next checkpoint with one sentence. It names the folder with
-    the last good state, from which the run goes on."""
-    flags = [*faulty(fault), "--checkpoint-frequency", frequency, "--eval-frequency", 10**6]
-    error = stops(1, *flags)
-    run_dir, checkpoint = the_run()
-    due = -(-50 // frequency) * frequency  # the first checkpoint after the fault, be it learned from by then or not
-    assert "not finite" in error and str(run_dir) in error and f" at step {due}" in error
-    assert checkpoint["step"] == len(checkpoint["rows"]) == due - frequency
-    for key in ("agent", "optimizers", "rows"):
-        assert finite(checkpoint[key])
-    faulty(None)
-    main("--resume", run_dir, "--total-timesteps", 80)
-    rows = the_run()[1]["rows"]
-    assert len(rows) == 80 and rows.isfinite().all() and torch.equal(rows[: checkpoint["step"]], checkpoint["rows"])
+def test_weights_that_are_not_finite_are_named(train, monkeypatch):
+    """Also where the losses are still finite."""
+    update = sdac.Agent.update
+
+    def diverging(agent, *inputs):
+        update(agent, *inputs)
+        if agent.updates == 10:
+            agent.average_policy.mlp.output_layer.bias.data[0] = torch.inf
+
+    monkeypatch.setattr(sdac.Agent, "update", diverging)
+    assert "average_policy.mlp.output_layer.bias is not finite" in end(train)
+    assert load(the_run())["step"] == 20
 
 
-@pytest.mark.parametrize("fault", ["raises", "reset raises", "shape"])
-def test_failing_environment(main, faulty, fault):
-    """An environment that fails is Python's own traceback, and the last checkpoint is as it should be."""
-    flags = [*faulty(fault), "--checkpoint-frequency", 20, "--eval-frequency", 10**6]
-    with pytest.raises((RuntimeError, ValueError), match={"raises": "motor", "reset raises": "no way"}.get(fault)):
-        main(*flags)
-    run_dir, checkpoint = the_run()
-    assert checkpoint["step"] == len(checkpoint["rows"]) == 40 and finite(checkpoint["agent"])
-    faulty(None)
-    main("--resume", run_dir, "--total-timesteps", 80)
-    assert the_run()[1]["step"] == 80 and torch.equal(the_run()[1]["rows"][:40], checkpoint["rows"])
+def test_tensorboard_keeps_the_points_of_a_run_that_diverged(train, register, monkeypatch):
+    """The writer is closed, or else the last points could be lost with the process."""
+    closed, close = [], sdac.SummaryWriter.close
+    monkeypatch.setattr(sdac.SummaryWriter, "close", lambda w: closed.append(close(w)))
+    end(train, *register(PaysNaN), *NAN)
+    assert closed
+    assert [step for step, _ in scalars(the_run(), "eval/episodic_return")] == [40, 80]
+    steps = [step for step, _ in scalars(the_run(), "charts/episodic_return")]
+    assert steps == [step for step in range(10, 81, 10) for _ in range(2)]
 
 
-@pytest.mark.parametrize("name", ["critics.weights.1", "log_alpha"])
-def test_diverged_learning(module, stops, monkeypatch, name):
-    """A network or α that is no longer finite is named and does not reach the checkpoint, nor does an optimiser."""
-    update = module.Agent.update
-
-    def diverging(self, batch, generator):
-        metrics = update(self, batch, generator)
-        if self.updates == 55:
-            with torch.no_grad():
-                self.get_parameter(name).view(-1)[0] = torch.inf
-        return metrics
-
-    monkeypatch.setattr(module.Agent, "update", diverging)
-    error = stops(1)
-    run_dir, checkpoint = the_run()
-    assert re.match(f"error: [^\n]*step 180[^\n]*{run_dir} [^\n]*: {name} is not finite\n", error), error
-    assert checkpoint["step"] == 120 and finite(checkpoint["agent"]) and finite(checkpoint["optimizers"])
+def test_a_reward_that_is_not_finite_is_not_saved(train, register):
+    """Even where no batch has had it yet, or else the run could never go on."""
+    flags = ["--learning-starts", 79, "--total-timesteps", 80, "--eval-frequency", 40]
+    assert "not finite" in end(train, *register(PaysNaN), *flags)
+    assert load(the_run())["step"] == 40
 
 
-@pytest.mark.parametrize("name", ["unfinished.tmp", "metrics.csv"])
-def test_full_disk(main, stops, at_step, reference, name):
-    """The checkpoint before is kept, and with room again the run goes on to the same metrics.csv."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full")
-
-    def fill():
-        path = next(Path("runs").iterdir()) / name
-        path.unlink(missing_ok=True)
-        path.symlink_to("/dev/full")
-
-    at_step(100, fill)
-    error = stops(1)
-    (run_dir,) = Path("runs").iterdir()
-    (run_dir / name).unlink()
-    step, last = (120, 60) if name == "unfinished.tmp" else (160, 120)
-    assert f"error: training ends at step {step}" in error and the_run()[1]["step"] == last
-    assert str(run_dir) in error or name == "metrics.csv"
-    main("--resume", run_dir)
-    assert (run_dir / "metrics.csv").read_bytes() == reference.metrics
-
-
-def test_failing_evaluation(module, main, monkeypatch, reference):
-    """An evaluation that fails is Python's own traceback; it is made again by the resumed run."""
-    evaluate, calls = module.evaluate, []
-
-    def failing(*inputs):
-        calls.append(inputs)
-        if len(calls) == 3:
-            raise OSError(30, "Read-only file system")
-        return evaluate(*inputs)
-
-    monkeypatch.setattr(module, "evaluate", failing)
-    with pytest.raises(OSError, match="Read-only"):
-        main()
-    assert the_run()[1]["step"] == 180
-    main("--resume", the_run()[0])
-    assert (the_run()[0] / "metrics.csv").read_bytes() == reference.metrics
-
-
-def test_failing_model_file(module, stops, monkeypatch):
-    """If model.pt cannot be written at the end, one sentence says so, and the checkpoint is there."""
-    replace = os.replace
-
-    def failing(source, target):
-        if Path(target).name == "model.pt":
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(module.os, "replace", failing)
-    assert "step 240" in (error := stops(1)) and "No space left on device" in error
-    (path,) = Path("runs").glob("*/checkpoint.pt")
-    assert torch.load(path, weights_only=True)["step"] == 240
-
-
-def test_runs_cannot_be_written(main, stops):
-    """Where the run folder cannot be made, one sentence says so."""
-    Path("runs").touch()
-    assert "runs/Hopper-v4" in stops(2)
-
-
-# Hostile files
-
-
+# Files of others
 class Trap:
     """Creates a file when it is unpickled."""
 
@@ -564,159 +338,38 @@ class Trap:
         return Path.touch, (Path("trap"),)
 
 
-@pytest.fixture(params=["--resume", "--evaluate"])
-def hostile(request, reference, main, stops, tmp_path):
-    """Offers a file to --resume or --evaluate: content is bytes, an object, or changes of the file's dictionary."""
-    name = {"--resume": "checkpoint.pt", "--evaluate": "model.pt"}[request.param]
-    path = tmp_path / "folder" / name
-    path.parent.mkdir()
-    flags = [request.param, path]
-    whole = (reference.run_dir / name).read_bytes()
-
-    def offer(content):
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        error = stops(2, *flags)
-        assert os.listdir(tmp_path) == ["folder"] and os.listdir(path.parent) == [name]
-        return error
-
-    contents = torch.load(reference.run_dir / name, weights_only=True)
-    return SimpleNamespace(offer=offer, whole=whole, contents=contents, path=path, flag=request.param)
-
-
-def test_damaged_files(hostile):
-    """Truncated and other files are refused, and the message names the file."""
-    whole, rng = hostile.whole, np.random.default_rng(1)
-    for size in (0, 1, 100, 4096, len(whole) // 2, len(whole) - 100, len(whole) - 1):
-        assert str(hostile.path) in hostile.offer(whole[:size])
-    for content in (rng.bytes(10_000), b"not a checkpoint\n", [1, 2], {}, "x"):
-        assert str(hostile.path) in hostile.offer(content)
+def test_files_that_are_no_run_of_this_script_are_refused(train, refused):
+    """Missing, truncated, damaged, hostile and foreign ones, in one sentence with their name. The
+    files of a run of the other script stay as they are."""
+    run_dir = train()
+    other = train(script=sac)
+    before = files(other)
+    for flag, name in (("--resume", "checkpoint.pt"), ("--evaluate", "model.pt")):
+        path, whole, contents = run_dir / name, (run_dir / name).read_bytes(), load(run_dir, name)
+        parts = [whole[:size] for size in (0, 1, 1000, len(whole) // 2, len(whole) - 1)]
+        older = contents | {"args": contents["args"] | {"a_flag_of_another_version": 1}}
+        traps = [Trap(), [Trap()], contents | {"args": Trap()}, contents | {"step": Trap()}]
+        for wrong in (*parts, older, *traps, [1, 2], {}, contents["agent"], contents | {"args": 1}):
+            path.write_bytes(wrong) if isinstance(wrong, bytes) else torch.save(wrong, path)
+            sentence = f"{path} is missing, damaged or not of this script"
+            assert refused(flag, run_dir) == sentence, wrong
+        torch.save(traps[2], path, _use_new_zipfile_serialization=False)
+        assert refused(flag, run_dir) == sentence
+        path.unlink()
+        assert refused(flag, run_dir) == sentence
+        assert "not of this script" in refused(flag, other)
+    assert files(other) == before
 
 
-def test_pickle_bombs(hostile):
-    """A file that would run code, in any place, is refused and runs nothing."""
-    for bomb in (Trap(), hostile.contents | {"args": Trap()}, hostile.contents | {"updates": Trap()}, [Trap()]):
-        assert "weights_only" in hostile.offer(bomb).lower()
-    torch.save(hostile.contents | {"rows": Trap()}, hostile.path, _use_new_zipfile_serialization=False)
-    assert "weights_only" in hostile.offer(hostile.path.read_bytes()).lower()
-
-
-def test_files_of_something_else(hostile, script):
-    """Another algorithm, version or task, and arguments with which nothing can work, are refused with the reason."""
-    args = hostile.contents["args"]
-    assert "version" in (error := hostile.offer(hostile.contents | {"args": args | {"old": 1}})) and "'old'" in error
-    for change in ({"num_envs": 0}, {"num_envs": None}, {"gamma": np.nan}, {"batch_size": 10**6}, {"env_id": ["x"]}):
-        hostile.offer(hostile.contents | {"args": args | change})
-    assert "size mismatch" in hostile.offer(hostile.contents | {"args": args | {"env_id": "HalfCheetah-v4"}})
-    agent = {name.replace("policy", "actor"): value for name, value in hostile.contents["agent"].items()}
-    assert "cannot start" in hostile.offer(hostile.contents | {"agent": agent})
-
-
-def test_runs_of_the_other_algorithm(references, reference, script, stops, main, request, tmp_path):
-    """SAC does not go on with a run of SDAC, nor SDAC with one of SAC."""
-    (other,) = set(SCRIPTS) - {script}
-    if other not in references:
-        pytest.skip("has not been made")
-    before = {path: path.read_bytes() for path in references[other].run_dir.iterdir()}
-    for flag in ("--resume", "--evaluate"):
-        stops(2, flag, references[other].run_dir)
-    assert {path: path.read_bytes() for path in references[other].run_dir.iterdir()} == before
-
-
-def test_missing_and_wrong_contents(hostile):
-    """What networks, optimisers, buffer and random stream go on from is needed, whole and of its type."""
-    used = ["args", "agent", "updates"]
-    used += ["step", "optimizers", "rows", "generator"] if hostile.flag == "--resume" else []
-    for key in used:
-        hostile.offer({k: v for k, v in hostile.contents.items() if k != key})
-    for key in set(used) - {"updates", "step"}:
-        for value in (None, "x", [1], {"x": 1}, torch.zeros(3, 3)):
-            hostile.offer(hostile.contents | {key: value})
-    if hostile.flag == "--resume":
-        rows = hostile.contents["rows"]
-        for wrong in (rows[:-1], rows[:, :-1], rows[:0]):
-            hostile.offer(hostile.contents | {"rows": wrong.clone()})
-        optimizers = hostile.contents["optimizers"]
-        for i in range(3):  # without that of Q, of the policy, of α
-            hostile.offer(hostile.contents | {"optimizers": optimizers[:i] + optimizers[i + 1 :]})
-
-
-# Many moments, real processes
-
-LONG = "--no-cuda --env-id Hopper-v4 --learning-starts 200 --buffer-size 900 --total-timesteps 2000"
-LONG = f"{LONG} --eval-frequency 150 --eval-episodes 1 --checkpoint-frequency 100".split()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_random_moments(script, tmp_path, number):
-    """Ten processes that are ended at random moments and resumed: no row is missing or doubled, and after SIGKILL the
-    table is that of a run that was never interrupted."""
-    flags, rng = [*SMALL[script], *LONG], np.random.default_rng(1)
-    start = time.monotonic()
-    assert command_line(script, *flags, cwd=tmp_path).returncode == 0
-    duration = time.monotonic() - start
-    (run_dir,) = tmp_path.glob("runs/*")
-    expected = (run_dir / "metrics.csv").read_bytes()
-    steps = [line.split(b",")[:2] for line in expected.splitlines()[1:]]
-    for i in range(10):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        process = start_process(script, *flags, cwd=folder)
-        wait_for(lambda: list(folder.glob("runs/*/checkpoint.pt")))  # noqa: B023
-        time.sleep(rng.uniform(0, 0.7 * duration))
-        process.send_signal(number)
-        _, err = process.communicate()
-        (run_dir,) = folder.glob("runs/*")
-        finished = (run_dir / "model.pt").exists()  # then Python may be about to end, without handlers of its own
-        statuses = [0, -number] if finished or number == signal.SIGKILL else [128 + number]
-        assert process.returncode in statuses, (process.returncode, err)
-        assert re.fullmatch(r"(\ninterrupted: [^\n]*\n)?", err) and (number == signal.SIGTERM or not err), err
-        resumed = command_line(script, "--resume", run_dir, cwd=folder)
-        assert resumed.returncode == 0 and resumed.stderr == "" and not list(run_dir.glob("*.tmp"))
-        metrics = (run_dir / "metrics.csv").read_bytes()
-        assert [line.split(b",")[:2] for line in metrics.splitlines()[1:]] == steps
-        assert metrics == expected or number == signal.SIGTERM
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Hopper-v4"])
-def test_exact_on_published_tasks(main, at_step, tmp_path, env_id, compile):
-    """Killed in three places, with torch.compile too: the same metrics.csv as never killed."""
-    if compile and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler")
-    flags = ["--env-id", env_id, *(["--compile"] if compile else []), "--buffer-size", 150]
-    torch.compiler.reset()  # each run as in a new process
-    main(*flags)
-    (run_dir,) = tmp_path.glob("runs/*")
-    expected = (run_dir / "metrics.csv").read_bytes()
-    for i, step in enumerate((50, 130, 220)):
-        with pytest.MonkeyPatch.context() as patch:
-            (tmp_path / str(i)).mkdir()
-            patch.chdir(tmp_path / str(i))
-            at_step(step, killed)
-            torch.compiler.reset()
-            with pytest.raises(Killed):
-                main(*flags)
-            torch.compiler.reset()
-            main("--resume", the_run()[0])
-            assert (the_run()[0] / "metrics.csv").read_bytes() == expected, step
-
-
-@pytest.mark.slow
-def test_small_disk(script, tmp_path):
-    """On a disk that is too small, the run stops with one sentence, and its last checkpoint can be loaded."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "none", disk], capture_output=True).returncode:
-        pytest.skip("mount is not permitted")
-    try:
-        process = command_line(script, *SMALL[script], *LONG, cwd=disk)
-        assert process.returncode == 1 and re.fullmatch("error: training ends at step[^\n]*\n", process.stderr)
-        (path,) = disk.glob("runs/*/checkpoint.pt")
-        assert torch.load(path, weights_only=True)["step"] % 100 == 0
-    finally:
-        subprocess.run(["umount", disk], check=True)
+# Evaluating
+def test_evaluate_repeats_the_last_evaluation(train, capsys):
+    """It prints the numbers of the last evaluation and writes nothing; flags beside it win."""
+    run_dir = train()
+    last = capsys.readouterr().out.splitlines()[2]
+    before = files(run_dir)
+    train("--evaluate", run_dir)
+    assert capsys.readouterr().out.splitlines()[1:] == [last]
+    assert last == "evaluation at step 40: return {2:.1f} +/- {3:.1f}".format(*metrics(run_dir)[-1])
+    train("--evaluate", run_dir, "--eval-episodes", 1)
+    assert capsys.readouterr().out.endswith(" +/- 0.0\n")
+    assert files(run_dir) == before and os.listdir("runs") == [run_dir.name]
