@@ -76,7 +76,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # rate of the moving averages, per policy update
     batch_size: int = 256  # transitions per update
-    policy_lr: float = 1e-3  # learning rate; falls linearly to 0
+    policy_lr: float = 1e-3  # learning rate at the start
     q_lr: float = 1e-3  # the same for the critics
     policy_frequency: int = 2  # critic updates per update of policy and averages
     reward_scale: float = 0.2  # factor of rewards
