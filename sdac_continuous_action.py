@@ -137,12 +137,13 @@ class Denoiser(nn.Module):
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
+        self.frequencies = 10_000 ** (-torch.arange(8) / 8)
         self.time_mlp = nn.Sequential(nn.Linear(16, 32), nn.Mish(), nn.Linear(32, 16))
         self.mlp = MLP(obs_dim + 16, action_dim, action_dim)
 
     def forward(self, obs, a_t, t):
         """obs (B, obs_dim), a_t (B, N, d), t () or (B,) -> (B, N, d)"""
-        angles = t[..., None] * 10_000 ** (-torch.arange(8) / 8)
+        angles = t[..., None] * self.frequencies
         embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).to(obs.dtype)
         time_features = self.time_mlp(embedding).expand(len(obs), 16)
         return self.mlp(torch.cat([obs, time_features], dim=1), a_t)

@@ -78,7 +78,7 @@ class Run:
             shutil.copy(ROOT / name, self.folder)
             facts = {"algorithm": self.algorithm, "args": self.args}
             (self.folder / "args.json").write_text(json.dumps(facts))
-        env = {**KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)}
+        env = {**KEEP_MEMORY, "OMP_NUM_THREADS": str(threads), **os.environ}
         command = [sys.executable, name, *flags]
         with open(self.log, "a") as log:
             print(f"\n$ {shlex.join(command)}", file=log, flush=True)

@@ -3,11 +3,12 @@
     python benchmark/speed.py [--cuda]    # writes benchmark/results/speed-<device>.json
 
 Trainings: milliseconds of an update and of an action in each environment, and environment steps per
-second of both and the simulation; eager, and compiled or, on a GPU, as recorded CUDA graphs.
+second of both and the simulation; eager, and compiled or, on a GPU, as recorded CUDA graphs; there
+also graphs in full float32 precision (without TF32), and graphs of compiled networks.
 Policy updates of SDAC: with one denoiser evaluation per state, as here; with one per guess, as in
 the authors' code, which has the same gradient; and with the gradient of Q taken back through all
-sampling steps, as other methods have it. Their memory is the peak of an eager one. Every line is a
-process of its own, one after the other, and times are medians: leave the machine alone meanwhile.
+sampling steps, as other methods have it. Their memory is the peak of an eager one. On a CPU every
+line is a process of its own. Times are medians: leave the machine alone meanwhile.
 """
 
 import argparse
@@ -24,6 +25,9 @@ from common import RESULTS, command_line, machine, script
 
 sdac = script("sdac")
 TASKS = ("HalfCheetah-v4", "Humanoid-v4")
+KINDS = ("eager", "fast")
+CUDA_KINDS = ("eager", "fast", "float32", "compiled")
+GRAPHS = {algorithm: script(algorithm).CudaGraph for algorithm in ("sdac", "sac")}
 
 
 # ---- The policy update of SDAC, besides the script's
@@ -61,7 +65,7 @@ WAYS = {
 }
 
 
-# ---- Measurements, each in a process of its own
+# ---- Measurements
 def milliseconds(function, seconds):
     """Median time of a call, after three, since the third records the kernels on a GPU."""
     wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else lambda: None
@@ -86,13 +90,12 @@ def peak_memory():
 
 
 def measure(algorithm, settings, task, kind, cuda, seconds):
-    """Measure a training, of kind "eager" or "fast", or a policy update, of a kind in WAYS."""
+    """Measure a training, of a kind in KINDS, or a policy update, of a kind in WAYS."""
     module = script(algorithm)
     torch.set_default_device("cuda" if cuda else "cpu")
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest" if kind == "float32" else "high")
     torch.set_flush_denormal(True)
-    if kind == "eager":
-        module.CudaGraph = lambda function: function
+    module.CudaGraph = (lambda function: function) if kind == "eager" else GRAPHS[algorithm]
     args = module.Args(env_id=task)
     if settings == "published":
         args = module.Args(env_id=task, published=True, **module.PUBLISHED)
@@ -113,7 +116,8 @@ def measure(algorithm, settings, task, kind, cuda, seconds):
         update()
         update()
         result["memory_mb"] = round(peak_memory() - before, 1)
-    if kind != "eager" and not cuda:
+    if kind == "compiled" or (kind != "eager" and not cuda):
+        torch.compiler.reset()  # A function is compiled anew only a few times.
         for network in agent.children():
             network.compile(dynamic=True)
     if kind in WAYS:
@@ -157,19 +161,24 @@ def main():
     if options.cuda and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU")
     pairs = (("sdac", "default"), ("sdac", "published"), ("sac", "default"))
-    jobs = [(*pair, task, kind) for task in TASKS for pair in pairs for kind in ("eager", "fast")]
+    kinds = CUDA_KINDS if options.cuda else KINDS
+    jobs = [(*pair, task, kind) for task in TASKS for pair in pairs for kind in kinds]
     jobs += [(*pair, task, way) for task in TASKS for pair in pairs[:2] for way in WAYS]
-    results = []
-    for job in jobs:
-        command = [sys.executable, *sys.argv, "--measure", json.dumps(job)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        results.append(json.loads(output.splitlines()[-1]))
-        print(results[-1], flush=True)
+    jobs.sort(key=lambda job: job[3] == "compiled")  # Compiling takes long.
     device = torch.cuda.get_device_name() if options.cuda else "cpu"
     path = RESULTS / f"speed-{device.lower().replace(' ', '-')}.json"
-    facts = {"machine": machine(), "threads": torch.get_num_threads(), "results": results}
+    facts = {"machine": machine(), "threads": torch.get_num_threads(), "results": []}
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    for job in jobs:
+        if options.cuda:
+            result = measure(*job, True, options.seconds)
+        else:
+            command = [sys.executable, *sys.argv, "--measure", json.dumps(job)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            result = json.loads(output.splitlines()[-1])
+        print(result, flush=True)
+        facts["results"].append(result)
+        path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
