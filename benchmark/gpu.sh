@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# All that a GPU has to do, in order of worth, for when one is at hand for minutes only:
+#
+#     benchmark/gpu.sh "Ant-v4__sdac__*" "HalfCheetah-v4__sdac__*"
+#
+# At first the tests that need a GPU and the speed; then the named runs of benchmark/million.toml,
+# JOBS at a time (by default 8). What has ended is in $OUT (by default benchmark/runs/gpu) as it ends. After $END
+# seconds (by default 570) the runs write checkpoints; the same command, with FIRST=no in front of
+# it, goes on with them. Curves of unfinished runs are kept, too, in $OUT/unfinished.
+# Python packages beside PyTorch: gymnasium, farama-notifications, mujoco, mujoco-core, glfw,
+# pyopengl, tyro, docstring-parser, typeguard, tensorboard, tqdm, pytest and pytest-xdist.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmark/runs/gpu} END=${END:-570} FIRST=${FIRST:-yes} PYTHON=${PYTHON:-python3}
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+mkdir -p "$OUT"
+say() { echo "[$SECONDS s] $*"; }
+
+if [ "$FIRST" = yes ]; then
+    timeout 60 "$PYTHON" -m pytest -q -n 4 tests/test_devices.py -k "graphs or another_device" \
+        > "$OUT/tests.txt" 2>&1
+    say "tests: $(tail -n 1 "$OUT/tests.txt")"
+    timeout "${SPEED:-120}" "$PYTHON" benchmark/speed.py --cuda --seconds 0.4 > "$OUT/speed.txt" 2>&1
+    say "speed: $(wc -l < "$OUT/speed.txt") lines"
+    cp benchmark/results/speed-nvidia* "$OUT"
+fi
+
+# With this service the small kernels of several processes run at the same time.
+export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
+mkdir -p /tmp/mps
+nvidia-cuda-mps-control -d || unset CUDA_MPS_PIPE_DIRECTORY
+timeout -s TERM $((END - SECONDS - 15)) "$PYTHON" benchmark/run.py benchmark/million.toml \
+    --jobs "${JOBS:-8}" --only "$@" 2>&1 | tee -a "$OUT/runs.txt"
+[ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || echo quit | timeout 5 nvidia-cuda-mps-control
+
+for run in benchmark/runs/million/*/runs/*; do
+    "$PYTHON" benchmark/record.py "$run" --into unfinished
+done
+tar -czf "$OUT/results.tar.gz" -C benchmark/results $(cd benchmark/results && ls -d million unfinished)
+rm -rf benchmark/results/unfinished
+say "end: $OUT/results.tar.gz"
