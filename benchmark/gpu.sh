@@ -4,9 +4,9 @@
 #     benchmark/gpu.sh "Ant-v4__sdac__*" "HalfCheetah-v4__sdac__*"
 #
 # At first the tests that need a GPU and the speed; then the named runs of benchmark/million.toml,
-# JOBS at a time (by default 8). What has ended is in $OUT (by default benchmark/runs/gpu) as it ends. After $END
-# seconds (by default 570) the runs write checkpoints; the same command, with FIRST=no in front of
-# it, goes on with them. Curves of unfinished runs are kept, too, in $OUT/unfinished.
+# JOBS (by default 8) at a time. After END seconds (by default 570) they write checkpoints, and the
+# results are in OUT (by default benchmark/runs/gpu), with the curves of unfinished runs. The same
+# command with FIRST=no in front of it goes on with them.
 # Python packages beside PyTorch: gymnasium, farama-notifications, mujoco, mujoco-core, glfw,
 # pyopengl, tyro, docstring-parser, typeguard, tensorboard, tqdm, pytest and pytest-xdist.
 set -uo pipefail
