@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import torch
 from common import RESULTS, machine, script
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sdac = script("sdac")
@@ -148,29 +149,46 @@ def distance(x, y):
     return (x - y).abs().mean().item()
 
 
-def study(energy, method, num_steps=T, published=False):
-    """Samples of a method, and figures of them."""
+def study(energy, method):
+    """The samples before each denoising step and the last ones, and figures of these."""
     torch.manual_seed(1)
-    schedule = sdac.NoiseSchedule(num_steps, published)
-    figures = {}
+    schedule = sdac.NoiseSchedule(T, published=False)
+    figures, steps = {}, []
     if method == "truth":
         samples = energy.sample(SAMPLES)
     else:
         denoiser = exact_denoiser(energy, schedule) if method == "exact" else train(energy, method)
-        samples = policy_samples(denoiser, SAMPLES, energy.dim, schedule)
+
+        def watched(obs, a_t, t):
+            steps.append(a_t[:, 0])
+            return denoiser(obs, a_t, t)
+
+        samples = policy_samples(watched, SAMPLES, energy.dim, schedule)
         if method != "exact":
             figures["score error"] = score_error(denoiser, energy, schedule)
     figures["distance"] = distance(samples, energy.sample(SAMPLES))
     if len(energy.means) == 2:
         nearest = torch.cdist(samples.double(), energy.means).argmin(1)
         figures["first mode"] = (nearest == 0).double().mean().item()
-    return samples, {name: round(value, 4) for name, value in figures.items()}
+    return [*steps, samples], {name: round(value, 4) for name, value in figures.items()}
+
+
+def draw_steps(energy, samples, path):
+    """The samples (n, 2) before each denoising step and the last ones, above exp(Q/λ)."""
+    axis = torch.linspace(-1, 1, 101)
+    density = energy.energy(torch.cartesian_prod(axis, axis)).exp().view(101, 101).T
+    figure = Figure((2 * len(samples), 2.3), layout="constrained")
+    panels = figure.subplots(1, len(samples))
+    for i, (panel, points) in enumerate(zip(panels, samples, strict=True)):
+        panel.imshow(density, origin="lower", extent=[-1, 1, -1, 1], cmap="Blues")
+        panel.plot(*points[:500].T.numpy(), ".", color="C1", markersize=2)
+        title = ("noise", *(f"step {k}" for k in range(1, T)), "actions")[i]
+        panel.set(title=title, xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
 
 
 def draw(samples, path):
     """2-D histograms of {(energy, method): samples}."""
-    from matplotlib.figure import Figure
-
     names = [name for name in ENERGIES if name.endswith("d = 2")]
     figure = Figure((2.1 * len(METHODS), 2.2 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), len(METHODS))
@@ -198,20 +216,17 @@ def table(rows):
 
 def main():
     torch.set_num_threads(1)
-    samples, rows, levels = {}, [], []
+    samples, rows = {}, []
     for name, method in tqdm(list(product(ENERGIES, METHODS)), disable=None):
         samples[name, method], figures = study(ENERGIES[name], method)
         rows.append({"energy": name, "method": method, **figures})
-    for name in ENERGIES:
-        for num_steps, published in ((6, False), (10, False), (20, False), (10, True), (20, True)):
-            _, figures = study(ENERGIES[name], "exact", num_steps, published)
-            levels.append({"energy": name, "T": num_steps, "published": published, **figures})
     folder = RESULTS / "toy"
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"machine": machine(), "methods": rows, "noise levels, exact": levels}
-    (folder / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "toy.json").write_text(json.dumps({"machine": machine(), "methods": rows}, indent=1))
     (folder / "table.md").write_text(table(rows))
-    draw(samples, folder / "densities.png")
+    draw({key: steps[-1] for key, steps in samples.items()}, folder / "densities.png")
+    name = "eight modes, d = 2"
+    draw_steps(ENERGIES[name], samples[name, "truncate"], folder / "steps.png")
     print(table(rows))
 
 

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import Made, evaluated_steps, finish, load, metrics, scalars, start_process
+from conftest import ROOT, Made, evaluated_steps, finish, load, metrics, scalars, start_process
 from imageio_ffmpeg import count_frames_and_secs
 
 import sac_continuous_action as sac
@@ -171,20 +171,19 @@ def test_odd_names_give_plain_folders(train):
     assert evaluated_steps(run_dir) == [20, 40, 60]
 
 
-def test_a_model_can_be_used_in_ten_lines(train):
-    """Loaded from model.pt, it acts as in the evaluation."""
+def test_the_program_in_the_readme_acts_as_the_evaluation(train):
     run_dir = train("--eval-episodes", 1)
-    model = torch.load(run_dir / "model.pt")
-    env = sdac.make_env(model["args"]["env_id"])
-    agent = sdac.Agent(sdac.Args(**model["args"]), 4, 1)
-    agent.load_state_dict(model["agent"])
-    torch.manual_seed(model["args"]["seed"] + 10**9)
-    obs, _ = env.reset(seed=model["args"]["seed"] + 10**9)
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    load_policy, step = program.replace("runs/<run>", str(run_dir)).split("obs, _ = env.reset()\n")
+    names = {}
+    exec(load_policy, names)
+    seed = names["args"].seed + 10**9
+    torch.manual_seed(seed)
+    names["obs"], _ = names["env"].reset(seed=seed)
     total, over = 0, False
     while not over:
-        action = agent.act(torch.tensor(obs[None], dtype=torch.float32), explore=False)
-        obs, reward, terminated, truncated, _ = env.step(action[0].numpy())
-        total, over = total + reward, terminated or truncated
+        exec(step, names)
+        total, over = total + names["reward"], names["terminated"] or names["truncated"]
     assert total == metrics(run_dir)[-1][2]
 
 

@@ -161,7 +161,7 @@ def test_the_score_error_weighs_every_level_by_the_size_of_its_score():
 
 
 def test_true_samples_have_the_weights_of_the_modes_and_no_distance_to_others():
-    samples, figures = toy.study(toy.two_modes(6), "truth")
+    (samples,), figures = toy.study(toy.two_modes(6), "truth")
     assert abs(figures["first mode"] - 0.8) < 4.5 * 0.4 / math.sqrt(len(samples))  # standard errors
     assert figures["distance"] < 0.03
 
