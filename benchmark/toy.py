@@ -183,7 +183,7 @@ def draw_steps(energy, samples, path):
         panel.imshow(density, origin="lower", extent=[-1, 1, -1, 1], cmap="Blues")
         panel.plot(*points[:500].T.numpy(), ".", color="C1", markersize=2)
         title = ("noise", *(f"step {k}" for k in range(1, T)), "actions")[i]
-        panel.set(title=title, xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
+        panel.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
 
 
@@ -222,7 +222,8 @@ def main():
         rows.append({"energy": name, "method": method, **figures})
     folder = RESULTS / "toy"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "toy.json").write_text(json.dumps({"machine": machine(), "methods": rows}, indent=1))
+    facts = {"machine": machine(), "methods": rows}
+    (folder / "toy.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "table.md").write_text(table(rows))
     draw({key: steps[-1] for key, steps in samples.items()}, folder / "densities.png")
     name = "eight modes, d = 2"
