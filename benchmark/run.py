@@ -68,7 +68,7 @@ class Run:
         return last_row[0].isdigit() and int(last_row[0]) >= self.args["total_timesteps"]
 
     def start(self, threads):
-        """Begin the training, or resume it."""
+        """Begin the training, or resume it. OMP_NUM_THREADS wins over the number of threads."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{self.algorithm}_continuous_action.py"
         if self.run_dir():
