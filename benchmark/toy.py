@@ -179,10 +179,10 @@ def draw_steps(energy, samples, path):
     density = energy.energy(torch.cartesian_prod(axis, axis)).exp().view(101, 101).T
     figure = Figure((2 * len(samples), 2.3), layout="constrained")
     panels = figure.subplots(1, len(samples))
-    for i, (panel, points) in enumerate(zip(panels, samples, strict=True)):
+    titles = ["noise", *(f"step {k}" for k in range(1, T)), "actions"]
+    for panel, title, points in zip(panels, titles, samples, strict=True):
         panel.imshow(density, origin="lower", extent=[-1, 1, -1, 1], cmap="Blues")
         panel.plot(*points[:500].T.numpy(), ".", color="C1", markersize=2)
-        title = ("noise", *(f"step {k}" for k in range(1, T)), "actions")[i]
         panel.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
 

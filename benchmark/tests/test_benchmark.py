@@ -94,6 +94,20 @@ def steps(path):
     return [int(row["global_step"]) for row in csv.DictReader(path.read_text().splitlines())]
 
 
+@pytest.mark.parametrize("chosen", [None, "3"])
+def test_runs_share_the_cores_unless_a_number_of_threads_is_chosen(tmp_path, monkeypatch, chosen):
+    environments = []
+    monkeypatch.setattr(run.subprocess, "Popen", lambda *_, env, **__: environments.append(env))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    (job, _) = run.read_grid(write_grid(tmp_path))
+    job.folder = tmp_path / "run"
+    job.log = job.folder / "log.txt"
+    job.start(threads=2)
+    assert environments[0]["OMP_NUM_THREADS"] == (chosen or "2")
+
+
 def test_an_interrupted_grid_goes_on_with_the_scripts_of_its_beginning(repository, start):
     """Killed at first, then ended by SIGTERM, then started to the end, and once more."""
     write_grid(repository)

@@ -166,6 +166,16 @@ def test_true_samples_have_the_weights_of_the_modes_and_no_distance_to_others():
     assert figures["distance"] < 0.03
 
 
+def test_the_steps_lead_from_noise_to_the_samples():
+    """With the exact denoiser; the first picture is N(0, I), and each is nearer than the last."""
+    energy = toy.two_modes(2)
+    steps, figures = toy.study(energy, "exact")
+    assert len(steps) == toy.T + 1 and abs(steps[0].std() - 1) < 0.05
+    distances = [toy.distance(points, energy.sample(toy.SAMPLES)) for points in steps]
+    assert distances[-1] == pytest.approx(figures["distance"], abs=0.02)
+    assert distances[3] < distances[2] < distances[1] < distances[0]
+
+
 def test_the_committed_table_is_that_of_the_committed_figures():
     folder = toy.RESULTS / "toy"
     if folder.exists():
