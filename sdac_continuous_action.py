@@ -492,7 +492,7 @@ def save_checkpoint(run_dir, agent, buffer):
     np.savetxt(run_dir / "metrics.csv", table, "%.10g", ",", header=header, comments="")
 
 
-def train(agent, buffer, run_dir, writer):
+def train(agent, buffer, run_dir, writer, stopped):
     args = agent.args
     step = first_step = buffer.added
     to_tensor = partial(torch.as_tensor, dtype=torch.float32)
@@ -505,14 +505,14 @@ def train(agent, buffer, run_dir, writer):
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
     while True:
-        # Evaluate if due. A signal may have ended this evaluation before --resume.
+        # Evaluate if due, but not again after --resume.
         due = step % args.eval_frequency < args.num_envs or step >= args.total_timesteps
         if due and step > max((row[0] for row in agent.evaluations), default=0):
             mean, std = evaluate(agent, run_dir, step)
             agent.evaluations.append([step, agent.updates, mean, std])
             writer.add_scalar("eval/episodic_return", mean, step)
             save_checkpoint(run_dir, agent, buffer)
-        if step >= args.total_timesteps:
+        if step >= args.total_timesteps or stopped:
             break
 
         # Act at random, later by the policy. Update before stepping: a GPU computes meanwhile.
@@ -547,7 +547,6 @@ def train(agent, buffer, run_dir, writer):
             bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns[-20:] or math.nan))
 
     bar.close()
-    envs.close()
 
 
 # ---- Main
@@ -573,19 +572,14 @@ def parse_args(argv):
     return args, state
 
 
-def stop(number, frame):
-    """End by an exception, so that a checkpoint can be written."""
-    raise SystemExit(128 + number)
-
-
 def main(argv=None):
     args, state = parse_args(argv)
     step = state["step"] if state else 0
     device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
-    print(f"device: {device}" if torch.cuda.is_available() else "device: cpu (no GPU was found)")
+    print(f"device: {device}")
     torch.set_default_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs: faster
-    torch.set_flush_denormal(True)  # Tiny numbers slow a CPU down several times.
+    torch.set_flush_denormal(True)  # Tiny numbers slow CPUs down.
     torch.manual_seed(args.seed + step)
     np.random.seed(args.seed + step)  # Some tasks draw from it.
     mujoco.set_mju_user_warning(warnings.warn)  # Each MuJoCo warning shows once.
@@ -632,19 +626,26 @@ def main(argv=None):
         except wandb.Error as error:
             raise SystemExit(f"--track: {error}") from error
     run_dir.mkdir(parents=True, exist_ok=True)
+    stopped = []  # exit statuses
+
+    def stop(number, frame):
+        stopped.append(128 + number)
+        if len(stopped) > 1:  # End at once when asked twice.
+            raise SystemExit(stopped[0])
+
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        # Windows has no SIGHUP, and nohup ignores it.
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if signal.getsignal(number) != signal.SIG_IGN:
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none.
+        for number in {signal.SIGINT, signal.SIGTERM, hangup}:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 handlers[number] = signal.signal(number, stop)
     try:
         with SummaryWriter(run_dir, purge_step=step + 1) as writer:
-            train(agent, buffer, run_dir, writer)
-    except SystemExit:
-        save_checkpoint(run_dir, agent, buffer)
-        print(f"Go on with: python {sys.argv[0]} --resume {run_dir}")
-        raise
+            train(agent, buffer, run_dir, writer, stopped)
+        if stopped:
+            save_checkpoint(run_dir, agent, buffer)
+            print(f"Go on with: python {sys.argv[0]} --resume {run_dir}")
+            raise SystemExit(stopped[0])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

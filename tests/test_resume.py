@@ -68,7 +68,7 @@ def test_a_resumed_run_goes_on_from_the_same_state(train, monkeypatch):
     saved, given = load(run_dir), []
     monkeypatch.setattr(sdac, "train", lambda *inputs: given.extend(inputs))
     train("--resume", run_dir)
-    agent, buffer, folder, _ = given
+    agent, buffer, folder, *_ = given
     assert folder == run_dir and (agent.updates, buffer.added) == (10, 40)
     assert agent.evaluations == saved["evaluations"] and len(saved["evaluations"]) == 2
     assert_same(saved["agent"], dict(agent.state_dict()))
@@ -183,32 +183,46 @@ def test_a_signal_ends_the_run_in_order(train, at_step, capsys, number):
     signal.signal(number, lambda *_: pytest.fail("the run has no handler"))
     at_step(34, lambda: send(number))
     assert end(train) == STATUS[number]
-    assert load(the_run())["step"] == load(the_run(), "model.pt")["step"] == 32
+    assert load(the_run())["step"] == load(the_run(), "model.pt")["step"] == 34
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(rf"Go on with: python \S+ --resume {the_run()}", last)
     train("--evaluate", the_run())
-    assert "\nevaluation at step 32: return " in capsys.readouterr().out
+    assert "\nevaluation at step 34: return " in capsys.readouterr().out
     train("--resume", the_run())
     assert evaluated_steps(the_run()) == [20, 40]
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_signal_ends_an_evaluation(train, monkeypatch, number):
-    """At once; the resumed run makes this evaluation."""
-    act = sdac.Agent.act
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_during_an_evaluation(train, monkeypatch, signals):
+    """The evaluation is made and kept. A second signal ends it at once; only this step is lost."""
+    act, sent = sdac.Agent.act, []
 
     def watched(agent, obs, policy=None, explore=True):
-        if not explore and len(agent.evaluations) == number - 1:
-            send(signal.SIGTERM)
+        if not explore and agent.evaluations and len(sent) < signals:
+            sent.append(send(signal.SIGTERM))
         return act(agent, obs, policy, explore)
 
     with monkeypatch.context() as patch:
         patch.setattr(sdac.Agent, "act", watched)
         assert end(train) == 143
-    assert evaluated_steps(the_run()) == [20, 40][: number - 1]
-    assert load(the_run())["step"] == 20 * number
+    assert evaluated_steps(the_run()) == [20, 40][: 3 - signals]
+    assert load(the_run())["step"] == [40, 20][signals - 1]
     train("--resume", the_run())
     assert evaluated_steps(the_run()) == [20, 40]
+
+
+def test_a_signal_lets_the_current_call_end(train, monkeypatch):
+    """An exception in the wrong place would leave a lock behind, and the run would hang."""
+    add, calls = sdac.SummaryWriter.add_scalar, []
+
+    def watched(writer, name, *point):
+        if name == "charts/episodic_return" and not calls:
+            send(signal.SIGTERM)
+            calls.append("ended")
+        add(writer, name, *point)
+
+    monkeypatch.setattr(sdac.SummaryWriter, "add_scalar", watched)
+    assert end(train) == 143 and calls == ["ended"]
 
 
 def test_hangups_stay_ignored_under_nohup(train, at_step):
@@ -223,7 +237,7 @@ def test_a_second_signal_ends_the_saving_at_once(train, at_step, monkeypatch):
     save = torch.save
 
     def interrupted(contents, path):
-        if contents["step"] == 32:
+        if contents["step"] == 34:
             Path(path).write_bytes(b"half")
             send(signal.SIGTERM)
             time.sleep(10)
@@ -232,7 +246,7 @@ def test_a_second_signal_ends_the_saving_at_once(train, at_step, monkeypatch):
     monkeypatch.setattr(torch, "save", interrupted)
     at_step(34, lambda: send(signal.SIGINT))
     start = time.monotonic()
-    assert end(train) == 143 and time.monotonic() - start < 10
+    assert end(train) == 130 and time.monotonic() - start < 10
     assert load(the_run())["step"] == load(the_run(), "model.pt")["step"] == 20
 
 

@@ -125,8 +125,8 @@ def test_an_interrupted_grid_goes_on_with_the_scripts_of_its_beginning(repositor
     before = evaluations()
 
     for script in scripts.values():  # A new version, which ends at once unless run.py asks it.
-        new = 'assert "run.py" in sys.argv[0]\n\n\ndef stop('
-        script.write_text(script.read_text().replace("def stop(", new))
+        new = 'assert "run.py" in sys.argv[0]\n\n\ndef train('
+        script.write_text(script.read_text().replace("def train(", new))
     process = start("--jobs", "2")
     wait_for(lambda: sum(evaluations()) > sum(before))
     process.send_signal(signal.SIGTERM)
