@@ -7,8 +7,8 @@ benchmark/results/<grid>/ when a run ends, see benchmark/record.py; its log, its
 and its run folder are in benchmark/runs/<grid>/<run>/. --into gives both another name than <grid>.
 
 After Ctrl-C or SIGTERM every run writes a checkpoint, and the same command goes on: runs with
-results are left out, and the others are resumed, each with its copy of the script. Where a run has
-been made or begun with other arguments than the grid's, nothing starts.
+results to the last step are left out, and the others are resumed, each with its copy of the script.
+Where a run has been made or begun with other arguments than the grid's, nothing starts.
 """
 
 import ctypes
@@ -61,11 +61,12 @@ class Run:
         paths = self.folder.glob("runs/*/metrics.csv")  # It is written after the checkpoint.
         return max((path.parent for path in paths), default=None)
 
-    def finished(self):
-        if not self.run_dir():
+    def finished(self, table):
+        """Whether a file of evaluations goes to the last step."""
+        if not table.exists():
             return False
-        last_row = (self.run_dir() / "metrics.csv").read_text().splitlines()[-1].split(",")
-        return last_row[0].isdigit() and int(last_row[0]) >= self.args["total_timesteps"]
+        step = table.read_text().splitlines()[-1].split(",")[0]
+        return step.isdigit() and int(step) >= self.args["total_timesteps"]
 
     def start(self, threads):
         """Begin the training, or resume it. OMP_NUM_THREADS wins over the number of threads."""
@@ -113,7 +114,7 @@ def run_all(runs, jobs):
     """Run `jobs` processes at a time, which share the cores. Return the runs that failed."""
     threads = max(os.cpu_count() // jobs, 1)
     start_time = time.time()
-    waiting = [run for run in runs if not run.result.exists()]
+    waiting = [run for run in runs if not run.finished(run.result.with_suffix(".csv"))]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs have results", flush=True)
     active = {}
     failed = []
@@ -129,8 +130,9 @@ def run_all(runs, jobs):
                 active[run] = run.start(threads)
             time.sleep(0.2)
             for run in [run for run, process in active.items() if process.poll() is not None]:
-                if active.pop(run).returncode == 0 and run.finished():
-                    record(run.run_dir(), run.result.parent)
+                run_dir = run.run_dir() or run.folder
+                if active.pop(run).returncode == 0 and run.finished(run_dir / "metrics.csv"):
+                    record(run_dir, run.result.parent)
                     say(run, "has ended")
                 else:
                     failed.append(run)
