@@ -212,6 +212,7 @@ class Agent(nn.Module):
         self.action_dim = action_dim
         self.updates = 0
         self.evaluations = []  # step, updates, mean and standard deviation of the return
+        self.exit_status = None  # set by a signal to end the run
         self.metrics = {}
 
         self.policy = Actor(obs_dim, action_dim)
@@ -240,7 +241,7 @@ class Agent(nn.Module):
         args = self.args
         self.updates += 1
 
-        # Lower the learning rates, which are tensors for the sake of CUDA graphs.
+        # Lower the learning rates, tensors for the sake of CUDA graphs.
         self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * (1 - progress))
         self.q_optimizer.param_groups[0]["lr"].fill_(args.q_lr * (1 - progress))
 
@@ -289,7 +290,7 @@ def make_env(env_id, video_folder=None):
 
     def rescale(action):
         action = centre + radius * action.reshape(space.shape)
-        return np.clip(action, space.low, space.high)  # Rounding must not leave the bounds.
+        return np.clip(action, space.low, space.high)  # against rounding
 
     env = gym.wrappers.TransformAction(env, rescale, gym.spaces.Box(-1, 1, (centre.size,)))
     return gym.wrappers.FlattenObservation(env)  # a copy: some tasks reuse arrays
@@ -314,6 +315,8 @@ def evaluate(agent, run_dir, step):
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, dtype=bool)
     while running.any():
+        if agent.exit_status:
+            raise SystemExit(agent.exit_status)
         actions = act(torch.as_tensor(obs, dtype=torch.float32)).cpu().numpy()
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * running
@@ -346,7 +349,7 @@ def save_checkpoint(run_dir, agent, buffer):
     np.savetxt(run_dir / "metrics.csv", table, "%.10g", ",", header=header, comments="")
 
 
-def train(agent, buffer, run_dir, writer, stopped):
+def train(agent, buffer, run_dir, writer):
     args = agent.args
     step = first_step = buffer.added
     to_tensor = partial(torch.as_tensor, dtype=torch.float32)
@@ -358,15 +361,15 @@ def train(agent, buffer, run_dir, writer, stopped):
     recent_returns = []
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
-    while True:
-        # Evaluate if due, but not again after --resume.
+    while not agent.exit_status:
+        # Evaluate if due, but after --resume not again.
         due = step % args.eval_frequency < args.num_envs or step >= args.total_timesteps
         if due and step > max((row[0] for row in agent.evaluations), default=0):
             mean, std = evaluate(agent, run_dir, step)
             agent.evaluations.append([step, agent.updates, mean, std])
             writer.add_scalar("eval/episodic_return", mean, step)
             save_checkpoint(run_dir, agent, buffer)
-        if step >= args.total_timesteps or stopped:
+        if step >= args.total_timesteps:
             break
 
         # Act at random, later by the policy. Update before stepping: a GPU computes meanwhile.
@@ -400,8 +403,6 @@ def train(agent, buffer, run_dir, writer, stopped):
             writer.add_scalar("charts/SPS", sps, step)
             bar.set_postfix(SPS=sps, episodic_return=np.mean(recent_returns[-20:] or math.nan))
 
-    bar.close()
-
 
 # ---- Main
 def parse_args(argv):
@@ -433,8 +434,8 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs: faster
     torch.set_flush_denormal(True)  # Tiny numbers slow CPUs down.
     torch.manual_seed(args.seed + step)
-    np.random.seed(args.seed + step)  # Some tasks draw from it.
-    mujoco.set_mju_user_warning(warnings.warn)  # Each MuJoCo warning shows once.
+    np.random.seed(args.seed + step)  # Some tasks use it.
+    mujoco.set_mju_user_warning(warnings.warn)  # Show each warning once.
     warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # of v4 tasks
 
     try:
@@ -478,14 +479,11 @@ def main(argv=None):
         except wandb.Error as error:
             raise SystemExit(f"--track: {error}") from error
     run_dir.mkdir(parents=True, exist_ok=True)
-    stopped = []  # exit statuses
+    handlers = {}
 
     def stop(number, frame):
-        stopped.append(128 + number)
-        if len(stopped) > 1:  # End at once when asked twice.
-            raise SystemExit(stopped[0])
+        agent.exit_status = 128 + number
 
-    handlers = {}
     if threading.current_thread() is threading.main_thread():
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none.
         for number in {signal.SIGINT, signal.SIGTERM, hangup}:
@@ -493,16 +491,18 @@ def main(argv=None):
                 handlers[number] = signal.signal(number, stop)
     try:
         with SummaryWriter(run_dir, purge_step=step + 1) as writer:
-            train(agent, buffer, run_dir, writer, stopped)
-        if stopped:
-            save_checkpoint(run_dir, agent, buffer)
-            print(f"Go on with: python {sys.argv[0]} --resume {run_dir}")
-            raise SystemExit(stopped[0])
+            train(agent, buffer, run_dir, writer)
+    except (Exception, SystemExit):  # Ctrl-C may end a compiler first.
+        if not agent.exit_status:
+            raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if agent.exit_status:
+        save_checkpoint(run_dir, agent, buffer)
+        print(f"Go on with: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(agent.exit_status)
     print(f"Film it: python {sys.argv[0]} --evaluate {run_dir} --capture-video")
-    print(f"See the curves: tensorboard --logdir {run_dir.parent}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class Run:
                 there = {**defaults, **facts["args"], "algorithm": facts["algorithm"]}
                 here = {**self.args, "algorithm": self.algorithm}
                 names = [x for x in here if here[x] != there.get(x) and x not in NOT_COMPARED]
-                return " and ".join(f"{x} {there.get(x)} (grid: {here[x]})" for x in names)
+                if names:
+                    return " and ".join(f"{x} {there.get(x)} (grid: {here[x]})" for x in names)
 
     def run_dir(self):
         """Its newest run folder that can be resumed."""
@@ -65,8 +66,12 @@ class Run:
         """Whether a file of evaluations goes to the last step."""
         if not table.exists():
             return False
-        step = table.read_text().splitlines()[-1].split(",")[0]
+        step = table.read_text().strip().rpartition("\n")[2].split(",")[0]
         return step.isdigit() and int(step) >= self.args["total_timesteps"]
+
+    def has_result(self):
+        """Whether its results go to the last step. The JSON file is written last."""
+        return self.result.exists() and self.finished(self.result.with_suffix(".csv"))
 
     def start(self, threads):
         """Begin the training, or resume it. OMP_NUM_THREADS wins over the number of threads."""
@@ -114,7 +119,7 @@ def run_all(runs, jobs):
     """Run `jobs` processes at a time, which share the cores. Return the runs that failed."""
     threads = max(os.cpu_count() // jobs, 1)
     start_time = time.time()
-    waiting = [run for run in runs if not run.finished(run.result.with_suffix(".csv"))]
+    waiting = [run for run in runs if not run.has_result()]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs have results", flush=True)
     active = {}
     failed = []

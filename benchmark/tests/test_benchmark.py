@@ -210,6 +210,26 @@ def test_a_run_with_other_arguments_than_the_grids_is_refused(place, main, tmp_p
     assert len(main("--only", "*__sac__*")) == 1  # Others may run.
 
 
+def test_a_begun_run_is_compared_also_where_it_has_results(main, tmp_path):
+    write_grid(tmp_path, settings='sac = "sac"')
+    (made,) = main()
+    write_made("results", made, "sac")
+    write_made("begun", made, "sac", gamma=0.5)
+    assert made.differences() == "gamma 0.5 (grid: 0.99)"
+
+
+@pytest.mark.parametrize("end, files", [("1000,9,1,1", 2), ("800,9,1,1", 2), ("", 2), ("1000", 1)])
+def test_a_result_is_whole_at_the_last_step(main, tmp_path, end, files):
+    write_grid(tmp_path, settings='sac = "sac"')
+    (made,) = main()
+    table = made.result.with_suffix(".csv")
+    table.parent.mkdir(parents=True)
+    table.write_text(end and f"global_step,updates\n{end}\n")
+    if files == 2:
+        write_made("results", made, "sac")
+    assert made.has_result() == (end == "1000,9,1,1")
+
+
 def test_flags_that_came_later_had_their_defaults(main, tmp_path):
     write_grid(tmp_path, settings='sac = "sac"')
     (made,) = main()
