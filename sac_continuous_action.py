@@ -6,7 +6,7 @@ Q(s, a) - α log π(a|s), and α is tuned so that the entropy of the policy stay
     python sac_continuous_action.py --env-id Humanoid-v4
 
 Paper: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
-All else is as in SDAC, also one update per joint step of 5 environments (usual: --num-envs 1).
+The rest is SDAC's, even its one update per joint step of 5 environments (usual: of one).
 """
 
 import copy
@@ -52,7 +52,7 @@ class Args:
     eval_episodes: int = 10
 
     gamma: float = 0.99  # discount factor
-    tau: float = 0.01  # rate of the target critics
+    tau: float = 0.01  # rate of the averages, per update
     batch_size: int = 256  # transitions
     policy_lr: float = 1e-3  # learning rate; falls linearly to 0
     q_lr: float = 1e-3  # the same; also alpha's, constant
@@ -170,8 +170,8 @@ def sample_actions(actor, obs):
 
 # ---- Agent
 class CudaGraph:
-    """A function of tensors. On a GPU the kernels of its third call are recorded, and later calls
-    launch them all at once. Each call overwrites the results of the last."""
+    """A function of tensors of fixed shapes. On a GPU its third call records the kernels, to launch
+    them at once from then on. Each call overwrites the last one's results."""
 
     def __init__(self, function):
         self.function = function
@@ -220,7 +220,7 @@ class Agent(nn.Module):
         self.target_critics = copy.deepcopy(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
 
-        adam = partial(torch.optim.Adam, fused=True, capturable=self.log_alpha.is_cuda)
+        adam = partial(torch.optim.Adam, fused=True, capturable=torch.empty(0).is_cuda)
         self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr))
         self.q_optimizer = adam(self.critics.parameters(), lr=torch.tensor(args.q_lr))
         self.alpha_optimizer = adam([self.log_alpha], lr=torch.tensor(args.q_lr))
@@ -241,7 +241,7 @@ class Agent(nn.Module):
         args = self.args
         self.updates += 1
 
-        # Lower the learning rates, tensors for the sake of CUDA graphs.
+        # Lower the learning rates in place, for CUDA graphs read them.
         self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * (1 - progress))
         self.q_optimizer.param_groups[0]["lr"].fill_(args.q_lr * (1 - progress))
 
@@ -362,7 +362,7 @@ def train(agent, buffer, run_dir, writer):
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
     while not agent.exit_status:
-        # Evaluate if due, but after --resume not again.
+        # Evaluate if due, but not again after --resume.
         due = step % args.eval_frequency < args.num_envs or step >= args.total_timesteps
         if due and step > max((row[0] for row in agent.evaluations), default=0):
             mean, std = evaluate(agent, run_dir, step)
@@ -410,9 +410,9 @@ def parse_args(argv):
     args = tyro.cli(Args, args=argv)
     state = None
     if args.resume or args.evaluate:
-        path = Path(args.resume or args.evaluate, "checkpoint.pt" if args.resume else "model.pt")
+        path = Path(args.evaluate or args.resume, "model.pt" if args.evaluate else "checkpoint.pt")
         try:
-            state = torch.load(path, map_location="cpu", mmap=True)
+            state = torch.load(path, map_location="cpu")
             assert state["args"].keys() == vars(args).keys()
             saved = Args(**{**state["args"], "resume": args.resume, "evaluate": args.evaluate})
         except Exception as error:

@@ -12,12 +12,12 @@ that the guesses imply, with weights ∝ exp(Q / λ). No gradient passes through
 
 Paper: Ma et al., "Efficient Online Reinforcement Learning for Diffusion Policy", arXiv 2502.00361.
 Notation: s is an observation, a_0 an action in [-1, 1]^d, ε standard normal noise, and
-a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the level of noise, never a time: t = 0
+a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise level (diffusion time): t = 0
 has the least noise, not none. Q̄ is a target critic. A batch has B states. Particles are actions
 that the policy proposes, K per state; reverse samples are the guesses â of a_0, M per state.
-The defaults differ from the paper, and --published restores it: noise levels are evenly spaced in
-log(√(1-ᾱ)/√ᾱ); reverse samples are drawn inside the box of actions, and not clipped to it; λ is a
-share of the standard deviation of Q among them; learning rates fall linearly to 0; see PUBLISHED.
+Unlike in the paper (--published undoes it), noise levels are evenly spaced in log(√(1-ᾱ)/√ᾱ),
+reverse samples are drawn inside the box of actions and not clipped to it, λ is a share of the
+standard deviation of Q over these samples, and learning rates fall to 0; see also PUBLISHED.
 """
 
 import copy
@@ -80,11 +80,11 @@ class Args:
     q_lr: float = 1e-3  # the same for the critics
     policy_frequency: int = 2  # critic updates per update of policy and averages
     reward_scale: float = 0.2  # factor of rewards
-    exploration_start: float = 0.5  # standard deviation of the exploration noise; actions span 2
+    exploration_start: float = 0.5  # standard deviation of the noise on actions in [-1, 1]
     exploration_end: float = 0.1  # what it falls to, exponentially
     exploration_decay: float = 5_000  # time constant of the fall, in updates
 
-    published: bool = False  # the paper's algorithm; its sizes become the defaults
+    published: bool = False  # closer to the paper; changes defaults (PUBLISHED)
     mirror_descent: bool = False  # the paper's other method, DPMD: pi_old exp(Q/lambda)
     denoising_steps: int = 6  # noise levels (T)
     num_particles: int = 4  # proposed actions per state (K); the one with the largest Q is taken
@@ -207,7 +207,7 @@ class NoiseSchedule:
         self.signal = alpha_bar.sqrt().float()
         self.noise = (1 - alpha_bar).sqrt().float()
 
-        # q(a_{t-1} | a_t, a_0) = N(posterior_a0[t] a_0 + posterior_at[t] a_t, posterior_std[t]² I)
+        # p(a_{t-1} | a_t, a_0) = N(posterior_a0[t] a_0 + posterior_at[t] a_t, posterior_std[t]² I)
         self.posterior_a0 = (previous.sqrt() * beta / (1 - alpha_bar)).float()
         self.posterior_at = ((1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)).float()
         self.posterior_std = (beta * (1 - previous) / (1 - alpha_bar)).sqrt().float()
@@ -215,8 +215,8 @@ class NoiseSchedule:
 
 @torch.no_grad()
 def sample_actions(denoiser, critics, schedule, obs, shape):
-    """Denoise K particles per state, and return the one with the largest min_j Q_j, which is better
-    than any one sample of π.
+    """Denoise K particles per state, and return the one with the largest min_j Q_j: better by the
+    critics than one sample of π.
     obs (B, obs_dim), shape (B, K, d) -> actions (B, d) in [-1, 1]"""
     a_t = schedule.initial_std * torch.randn(shape)
     for t in reversed(range(len(schedule.signal))):
@@ -233,7 +233,8 @@ def sample_actions(denoiser, critics, schedule, obs, shape):
 def sample_truncated_normal(mean, std, uniform):
     """Draw from N(mean, std²) restricted to [-1, 1]: Φ⁻¹ of a uniform number between the Φ of both
     ends, where Φ is the CDF of N(0, 1). float32 is precise near Φ = 0 but not near Φ = 1, where the
-    box lies if the mean is negative. So the sample is drawn for |mean|, and mirrored."""
+    box lies if the mean is negative. So the sample is drawn for |mean|, and mirrored.
+    mean (B, 1, d), std (B, 1, 1), uniform (B, M, d) -> (B, M, d)"""
     low = (-1 - mean.abs()) / std
     high = (1 - mean.abs()) / std
     phi_low, phi_high = (torch.special.erfc(-z / math.sqrt(2)) / 2 for z in (low, high))
@@ -245,7 +246,7 @@ def sample_truncated_normal(mean, std, uniform):
 
 
 def reverse_samples(schedule, a_t, t, num_samples, published=False):
-    """Draw guesses â_i of the action behind a_t from φ(a_0) ∝ q(a_t | a_0), the normal distribution
+    """Draw guesses â_i of the action behind a_t from φ(a_0) ∝ p(a_t | a_0), the normal distribution
     with mean a_t/√ᾱ_t and variance (1-ᾱ_t)/ᾱ_t, truncated to the box of actions.
     a_t (B, d), t (B,) -> â (B, M, d), and the noise ε (B, M, d) that each of them implies"""
     signal, noise = schedule.signal[t, None, None], schedule.noise[t, None, None]
@@ -259,7 +260,7 @@ def reverse_samples(schedule, a_t, t, num_samples, published=False):
 
 
 def rsm_target(eps, q, temperature):
-    """Reweighted score matching. By Bayes' rule p(a_0 | a_t, s) ∝ q(a_t | a_0) π(a_0 | s), which
+    """Reweighted score matching. By Bayes' rule p(a_0 | a_t, s) ∝ p(a_t | a_0) π(a_0 | s), which
     is ∝ φ(a_0) exp(Q(s, a_0)/λ). So importance sampling from φ gives E[ε | a_t, s] ≈ Σ_i w_i ε_i
     with w = softmax_i(Q(s, â_i)/λ).
     eps (B, M, d), q (B, M) -> target (B, d), effective sample size 1/Σ w_i² (B,)"""
@@ -269,8 +270,8 @@ def rsm_target(eps, q, temperature):
 
 # ---- Agent
 class CudaGraph:
-    """A function of tensors. On a GPU the kernels of its third call are recorded, and later calls
-    launch them all at once. Each call overwrites the results of the last."""
+    """A function of tensors of fixed shapes. On a GPU its third call records the kernels, to launch
+    them at once from then on. Each call overwrites the last one's results."""
 
     def __init__(self, function):
         self.function = function
@@ -321,7 +322,7 @@ class Agent(nn.Module):
         self.register_buffer("exploration_std", torch.tensor(args.exploration_start))
         self.schedule = NoiseSchedule(args.denoising_steps, args.published)
 
-        adam = partial(torch.optim.Adam, fused=True, capturable=self.exploration_std.is_cuda)
+        adam = partial(torch.optim.Adam, fused=True, capturable=torch.empty(0).is_cuda)
         self.policy_optimizer = adam(self.policy.parameters(), lr=torch.tensor(args.policy_lr))
         self.q_optimizer = adam(self.critics.parameters(), lr=torch.tensor(args.q_lr))
         self.optimizers = [self.policy_optimizer, self.q_optimizer]
@@ -339,12 +340,11 @@ class Agent(nn.Module):
         return a
 
     def update(self, batch, progress):
-        """Learn from a batch, when the fraction `progress` of the training is done."""
+        """Learn from a batch of transitions, when the fraction `progress` of the run is done."""
         args = self.args
-        _, _, _, next_obs, _ = batch
         self.updates += 1
 
-        # Lower the learning rates, tensors for the sake of CUDA graphs.
+        # Lower the learning rates in place, for CUDA graphs read them.
         policy_factor = q_factor = 1 - progress
         if args.published:  # The policy's falls to a tenth, from 26% to 77% of training.
             policy_factor = 1 - 0.9 * min(max((progress - 0.26) / (0.77 - 0.26), 0), 1)
@@ -361,8 +361,8 @@ class Agent(nn.Module):
         metrics, next_actions = self.update_critics(*batch)
         self.metrics.update(metrics)
         if self.updates % args.policy_frequency == 0:
-            # Any states and actions would do, and these have been sampled already.
-            self.metrics.update(self.update_policy(next_obs, next_actions))
+            # Any s and a_t would do. These next states have sampled actions already.
+            self.metrics.update(self.update_policy(batch[3], next_actions))
             update_average(self.target_critics, self.critics, args.tau)
             update_average(self.average_policy, self.policy, args.tau)
 
@@ -378,7 +378,7 @@ class Agent(nn.Module):
         q = self.critics(obs, actions[:, None])[..., 0]
         loss = (q - target_q).square().mean(1).sum()
         gradient_step(self.q_optimizer, loss)
-        return {"q_values": q.detach().mean(), "q_loss": loss.detach()}, next_actions
+        return {"q_values": q.mean().detach(), "q_loss": loss.detach()}, next_actions
 
     def update_policy(self, obs, actions):
         """Noise the actions, and let the policy predict what the noise is on average."""
@@ -400,7 +400,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def estimate_noise(self, obs, a_t, t):
-        """Return the target (B, d) of the policy at a_t, an estimate of E[ε | a_t, s]."""
+        """Return an estimate of E[ε | a_t, s], the target (B, d) of the policy, and metrics."""
         args = self.args
         m = args.num_reverse_samples
         a_hat, eps = reverse_samples(self.schedule, a_t, t, m, args.published)
@@ -408,15 +408,15 @@ class Agent(nn.Module):
         if args.published:
             temperature = 2 * self.exploration_std  # The authors lower both together.
         else:
-            # A small λ: nearly the best guess alone counts.
+            # λ is small: the best guess gets most weight.
             temperature = args.temperature * q.std(1, correction=0).mean().clamp(min=1e-8)
         target, sample_size = rsm_target(eps, q, temperature)
         return target, {"temperature": temperature, "effective_sample_size": sample_size.mean()}
 
     @torch.no_grad()
     def mirror_descent_weights(self, obs, actions):
-        """Diffusion policy mirror descent (DPMD): fit the policy to its own actions, weighted
-        by exp(Q/λ); so π_new ∝ π_old exp(Q/λ). Q is standardised, and λ = 10 exploration_std."""
+        """Mirror descent (DPMD): weights exp(Q/λ) (B,) turn π_old, here the best of K particles
+        plus noise, into π_new ∝ π_old exp(Q/λ). Q is standardised, and λ = 10 exploration_std."""
         q = self.critics.minimum(obs, actions[:, None])[:, 0]
         standardised = ((q - q.mean()) / q.std(correction=0).clamp(min=1e-8)).clamp(-3, 3)
         return (standardised / (10 * self.exploration_std)).exp()
@@ -508,7 +508,7 @@ def train(agent, buffer, run_dir, writer):
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
     while not agent.exit_status:
-        # Evaluate if due, but after --resume not again.
+        # Evaluate if due, but not again after --resume.
         due = step % args.eval_frequency < args.num_envs or step >= args.total_timesteps
         if due and step > max((row[0] for row in agent.evaluations), default=0):
             mean, std = evaluate(agent, run_dir, step)
@@ -558,9 +558,9 @@ def parse_args(argv):
     args = tyro.cli(Args, args=argv, default=defaults)
     state = None
     if args.resume or args.evaluate:
-        path = Path(args.resume or args.evaluate, "checkpoint.pt" if args.resume else "model.pt")
+        path = Path(args.evaluate or args.resume, "model.pt" if args.evaluate else "checkpoint.pt")
         try:
-            state = torch.load(path, map_location="cpu", mmap=True)
+            state = torch.load(path, map_location="cpu")
             assert state["args"].keys() == vars(args).keys()
             saved = Args(**{**state["args"], "resume": args.resume, "evaluate": args.evaluate})
         except Exception as error:

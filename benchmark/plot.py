@@ -16,6 +16,7 @@ import math
 import numpy as np
 from common import RESULTS, command_line
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from scipy import stats
 
 # Best evaluation within a million steps, mean of five seeds, on -v3 of the tasks: table 1 of CGPO
@@ -84,7 +85,7 @@ def draw(tasks, path):
             style = {"color": f"C{settings.index(setting)}"}
             steps, returns = aligned(runs)
             low, high = np.transpose([interval(sample) for sample in returns.T])
-            (lines[label(setting)],) = axis.plot(steps, returns.mean(0), **style)
+            (lines[label(setting)],) = axis.plot(steps, returns.mean(0), ".-", **style)
             axis.fill_between(steps, low, high, alpha=0.2, linewidth=0, **style)
             if setting in PUBLISHED.get(task, {}):
                 dotted = axis.axhline(PUBLISHED[task][setting], linestyle=":", **style)
@@ -93,6 +94,10 @@ def draw(tasks, path):
         title = f"{task}, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
         axis.set(title=title, xlabel="environment steps", ylabel="return")
         axis.locator_params("x", nbins=5)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1M
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(2, columns))
     figure.savefig(path, dpi=100)
 

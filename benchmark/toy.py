@@ -174,29 +174,31 @@ def study(energy, method):
 
 
 def draw_steps(energy, samples, path):
-    """The samples (n, 2) before each denoising step and the last ones, above exp(Q/λ)."""
+    """Every second of the samples (n, 2) on the way from noise to actions, above exp(Q/λ)."""
     axis = torch.linspace(-1, 1, 101)
     density = energy.energy(torch.cartesian_prod(axis, axis)).exp().view(101, 101).T
-    figure = Figure((2 * len(samples), 2.3), layout="constrained")
-    panels = figure.subplots(1, len(samples))
-    titles = ["noise", *(f"step {k}" for k in range(1, T)), "actions"]
-    for panel, title, points in zip(panels, titles, samples, strict=True):
+    titles = ["noise", *(f"after {k} steps" for k in range(2, T, 2)), "actions"]
+    figure = Figure((2.5 * len(titles), 2.8), layout="constrained")
+    panels = figure.subplots(1, len(titles))
+    for panel, title, points in zip(panels, titles, samples[::2], strict=True):
         panel.imshow(density, origin="lower", extent=[-1, 1, -1, 1], cmap="Blues")
-        panel.plot(*points[:500].T.numpy(), ".", color="C1", markersize=2)
-        panel.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
+        panel.plot(*points[:500].T.numpy(), ".", color="C1", markersize=3)
+        panel.set(title=title, xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
 
 
 def draw(samples, path):
-    """2-D histograms of {(energy, method): samples}."""
+    """2-D histograms of {(energy, method): samples}; a line has one scale of colours."""
     names = [name for name in ENERGIES if name.endswith("d = 2")]
     figure = Figure((2.1 * len(METHODS), 2.2 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), len(METHODS))
     for line, name in zip(axes, names, strict=True):
+        brightest = None  # the truth's
         for axis, method in zip(line, METHODS, strict=True):
-            axis.hist2d(
-                *samples[name, method].T.numpy(), bins=50, range=[[-1, 1]] * 2, cmap="magma"
-            )
+            points = samples[name, method].T.numpy()
+            box = [[-1, 1]] * 2
+            counts, *_ = axis.hist2d(*points, bins=50, range=box, cmap="magma", vmax=brightest)
+            brightest = brightest or counts.max()
             axis.set(xticks=[], yticks=[], title=method if name == names[0] else None)
         line[0].set_ylabel(name)
     figure.savefig(path, dpi=100)
