@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 from common import command_line, load
@@ -42,9 +43,9 @@ def film(agent, seed, seconds, frames_per_second, size):
 
 
 def label(frame, text):
-    """The frame with a line of text in its upper left corner."""
+    """The frame with a line of text in its upper left corner, where the sky is."""
     image = Image.fromarray(frame)
-    ImageDraw.Draw(image).text((6, 4), text, fill="white", stroke_width=1, stroke_fill="black")
+    ImageDraw.Draw(image).text((8, 6), text, fill="black", font_size=16)
     return np.asarray(image)
 
 
@@ -55,11 +56,12 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("film.webp"))
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--frames-per-second", type=int, default=12)
-    parser.add_argument("--size", type=int, nargs=2, default=(240, 180))
+    parser.add_argument("--size", type=int, nargs=2, default=(400, 225))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     labels = options.labels or [None] * len(options.runs)
-    warnings.filterwarnings("ignore", message=".*out of date")
+    mujoco.set_mju_user_warning(warnings.warn)
+    warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # of v4 tasks
 
     films = []
     for run, text in zip(options.runs, labels, strict=True):

@@ -98,7 +98,7 @@ def draw(tasks, path):
         axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(2, columns))
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2 * columns)
     figure.savefig(path, dpi=100)
 
 
