@@ -485,7 +485,7 @@ def test_the_film_shows_the_policies_side_by_side(monkeypatch, tmp_path, cameras
         contents = {"args": vars(agent.args), "agent": agent.state_dict(), "step": 3}
         torch.save(contents, tmp_path / name / "model.pt")
     out = tmp_path / "film.gif"
-    flags = ["--out", out, "--seconds", 1, "--frames-per-second", 10, "--size", 90, 40]
+    flags = ["--out", out, "--seconds", 1, "--frames-per-second", 10, "--size", 90, 60]
     call(film.__file__, monkeypatch, tmp_path / "early", tmp_path / "late", *flags)
 
     from PIL import Image
@@ -494,7 +494,7 @@ def test_the_film_shows_the_policies_side_by_side(monkeypatch, tmp_path, cameras
     with Image.open(out) as picture:
         for frame in range(picture.n_frames):
             picture.seek(frame)
-            pixels = np.asarray(picture.convert("L"))[20:]  # below the labels
+            pixels = np.asarray(picture.convert("L"))[30:]  # below the labels
             assert (pixels[:, :90] == pixels[0, 0]).all() and (
                 pixels[:, 90:] == pixels[0, -1]
             ).all()
