@@ -342,6 +342,7 @@ class Agent(nn.Module):
     def update(self, batch, progress):
         """Learn from a batch of transitions, when the fraction `progress` of the run is done."""
         args = self.args
+        _, _, _, next_obs, _ = batch
         self.updates += 1
 
         # Lower the learning rates in place, for CUDA graphs read them.
@@ -362,7 +363,7 @@ class Agent(nn.Module):
         self.metrics.update(metrics)
         if self.updates % args.policy_frequency == 0:
             # Any s and a_t would do. These next states have sampled actions already.
-            self.metrics.update(self.update_policy(batch[3], next_actions))
+            self.metrics.update(self.update_policy(next_obs, next_actions))
             update_average(self.target_critics, self.critics, args.tau)
             update_average(self.average_policy, self.policy, args.tau)
 

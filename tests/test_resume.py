@@ -385,6 +385,13 @@ def test_files_that_are_no_run_of_this_script_are_refused(train, refused):
 
 
 # Evaluating
+def test_with_resume_too_evaluate_counts(train, capsys):
+    first, second = train(), train("--total-timesteps", 26)
+    capsys.readouterr()
+    train("--resume", first, "--evaluate", second)
+    assert "evaluation at step 26" in capsys.readouterr().out
+
+
 def test_evaluate_repeats_the_last_evaluation(train, capsys):
     """It prints the numbers of the last evaluation and writes nothing; flags beside it win."""
     run_dir = train()
