@@ -47,14 +47,14 @@ class Args:
     total_timesteps: int = 1_000_000  # steps, summed over the environments
     num_envs: int = 5  # stepped together; one update per joint step
     buffer_size: int = 1_000_000  # transitions kept
-    learning_starts: int = 10_000  # steps with random actions
+    learning_starts: int = 10_000  # random steps before updates
     eval_frequency: int = 20_000  # steps between evaluations
     eval_episodes: int = 10
 
     gamma: float = 0.99  # discount factor
     tau: float = 0.01  # rate of the averages, per update
     batch_size: int = 256  # transitions
-    policy_lr: float = 1e-3  # learning rate; falls linearly to 0
+    policy_lr: float = 1e-3  # learning rate at the start
     q_lr: float = 1e-3  # the same; also alpha's, constant
     reward_scale: float = 0.2  # factor of rewards
 
@@ -302,7 +302,6 @@ def make_envs(env_id, num_envs, video_folder=None):
     return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-@torch.random.fork_rng(devices=range(min(torch.cuda.device_count(), 1)))
 def evaluate(agent, run_dir, step):
     """Run episodes without exploration noise, on seeds of their own."""
     args = agent.args
@@ -339,7 +338,7 @@ def save_checkpoint(run_dir, agent, buffer):
         "updates": agent.updates,
         "evaluations": agent.evaluations,
         "optimizers": [optimizer.state_dict()["state"] for optimizer in agent.optimizers],
-        "rows": rows.clone(),  # A slice would be saved with the empty rows.
+        "rows": rows.to("cpu", copy=True),  # A slice is saved with the empty rows.
     }
     for name, contents in (("model.pt", model), ("checkpoint.pt", {**model, **training})):
         torch.save(contents, run_dir / "unfinished.tmp")
@@ -365,7 +364,8 @@ def train(agent, buffer, run_dir, writer):
         # Evaluate if due, but not again after --resume.
         due = step % args.eval_frequency < args.num_envs or step >= args.total_timesteps
         if due and step > max((row[0] for row in agent.evaluations), default=0):
-            mean, std = evaluate(agent, run_dir, step)
+            with torch.random.fork_rng([0] if obs.is_cuda else []):
+                mean, std = evaluate(agent, run_dir, step)
             agent.evaluations.append([step, agent.updates, mean, std])
             writer.add_scalar("eval/episodic_return", mean, step)
             save_checkpoint(run_dir, agent, buffer)
@@ -442,7 +442,7 @@ def main(argv=None):
         env = make_env(args.env_id)
         obs_dim, action_dim = map(gym.spaces.flatdim, (env.observation_space, env.action_space))
         agent = Agent(args, obs_dim, action_dim)
-        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
+        buffer = ReplayBuffer(1 if args.evaluate else args.buffer_size, obs_dim, action_dim)
         if args.capture_video:  # Can it be drawn?
             env = gym.make(args.env_id, render_mode="rgb_array")
             env.reset()
@@ -499,8 +499,8 @@ def main(argv=None):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if agent.exit_status:
+        print(f"Saving. Go on with: python {sys.argv[0]} --resume {run_dir}")
         save_checkpoint(run_dir, agent, buffer)
-        print(f"Go on with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(agent.exit_status)
     print(f"Film it: python {sys.argv[0]} --evaluate {run_dir} --capture-video")
 

@@ -25,6 +25,7 @@ PENDULUM = "--no-cuda --env-id InvertedPendulum-v4 --learning-starts 20 --total-
 PENDULUM = f"{PENDULUM} --eval-frequency 20 --buffer-size 100".split()
 BOX = gym.spaces.Box(-1, 1, (2,))
 STARTED = []  # processes
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes
 torch.set_num_threads(1)

@@ -2,6 +2,8 @@
 
 import ast
 import contextlib
+import difflib
+import inspect
 import io
 import math
 import os
@@ -40,6 +42,33 @@ def test_the_scripts_share_their_skeleton():
     assert different == {"Args", "Agent", "parse_args", "sample_actions"}
     assert {"evaluate", "save_checkpoint", "train", "main", "make_env"} <= common
     assert vars(sac.Args("run")).items() <= vars(sdac.Args("run")).items()
+
+
+DIFFERENCES = {
+    "parse_args": """
+        -args = tyro.cli(Args, args=argv)
+        +published = "--published" in (sys.argv if argv is None else argv)
+        +defaults = Args(published=True, **PUBLISHED) if published else Args()
+        +args = tyro.cli(Args, args=argv, default=defaults)
+        -for name in ("env_id", "buffer_size"):
+        +for name in ("env_id", "buffer_size", "published", "denoising_steps"):""",
+    "check": """
+        -limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1)}
+        +limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1), "denoising_steps": (2, 1000)}
+    """,
+}
+
+
+def test_the_scripts_read_and_check_flags_in_the_same_way():
+    """But for flags that only SDAC has: the whole difference, SAC (-) and SDAC (+)."""
+    for name, expected in DIFFERENCES.items():
+        texts = []
+        for script in (sac, sdac):
+            function = script.parse_args if name == "parse_args" else script.Args.check
+            texts.append([line.strip() for line in inspect.getsource(function).splitlines()])
+        _, _, *lines = difflib.unified_diff(*texts, n=0)
+        found = [line for line in lines if not line.startswith("@@")]
+        assert found == [line.strip() for line in expected.strip().splitlines()]
 
 
 def test_sac_trains_resumes_and_evaluates(train, capsys):
@@ -121,9 +150,10 @@ def test_a_budget_that_cannot_work_is_refused(refused, train):
 # A run
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_prints_its_results_and_what_to_do_next(train, capsys, monkeypatch, terminal):
-    """A line for the missing GPU, each evaluation, and commands. Progress is for terminals only.
-    What it writes is in one folder."""
+    """A line for the device, each evaluation, and commands. Progress is for terminals only. What it
+    writes is in one folder. The GPU has a driver too old for PyTorch: it is counted, but no use."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "argv", ["script.py"])
     run_dir = train("--cuda")

@@ -4,28 +4,39 @@ import shutil
 
 import pytest
 import torch
-from conftest import evaluated_steps, finish, load, start_process
+from conftest import evaluated_steps, finish, load, needs_cuda, start_process
 
 import sac_continuous_action as sac
 import sdac_continuous_action as sdac
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 
+OBS, ACTIONS = 100 * torch.randn(64, 7), torch.rand(64, 2, 3)
+NETWORKS = {
+    "critics": (sdac.Critics, OBS, ACTIONS),
+    "denoiser, one level": (sdac.Denoiser, OBS, ACTIONS, torch.tensor(5)),
+    "denoiser, levels": (sdac.Denoiser, OBS, ACTIONS, torch.arange(64) % 6),
+    "actor": (sac.Actor, OBS),
+}
+
+
 @needs_compiler
-def test_compiled_critics_agree_with_eager_ones():
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compiled_networks_agree_with_eager_ones(name):
     """Values and gradients, also where mish's single exponential would overflow."""
+    make, *inputs = NETWORKS[name]
     torch.manual_seed(0)
-    critics, found = sdac.Critics(7, 3), []
-    obs, actions = 100 * torch.randn(64, 7), torch.rand(64, 2, 3)
+    network, found = make(7, 3), []
     for _ in ("eager", "compiled"):
-        q = critics(obs, actions)
-        critics.zero_grad()
-        q.square().mean().backward()
-        found.append([q.detach(), *(p.grad.clone() for p in critics.parameters())])
-        critics.compile(dynamic=True)
-    assert critics._compiled_call_impl and found[0][0].abs().max() > 1
+        network.zero_grad()
+        outputs = network(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(output.square().mean() for output in outputs).backward()
+        values = [output.detach() for output in outputs]
+        found.append([*values, *(p.grad.clone() for p in network.parameters())])
+        network.compile(dynamic=True)
+    assert network._compiled_call_impl and found[0][0].abs().max() > 1
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 

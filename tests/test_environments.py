@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import BOX, Made, Scripted, load, metrics, scalars
+from conftest import BOX, Made, Scripted, load, metrics, needs_cuda, scalars
 
 import sdac_continuous_action as sdac
 
@@ -110,9 +110,12 @@ def test_a_task_that_draws_from_numpy_repeats(train, register):
     assert not torch.equal(first, load(train(*flags, "--seed", 2))["rows"])
 
 
-def test_evaluations_leave_the_training_unchanged(train):
+@pytest.mark.parametrize("device", ["--no-cuda", pytest.param("--cuda", marks=needs_cuda)])
+def test_evaluations_leave_the_training_unchanged(train, device):
     """The same transitions and weights, however often the training is interrupted by them."""
-    often, once = (train("--eval-frequency", n, "--exp-name", f"every-{n}") for n in (4, 40))
+    often, once = (
+        train("--eval-frequency", n, "--exp-name", f"every-{n}", device) for n in (4, 40)
+    )
     assert len(metrics(often)) == 10 and metrics(often)[-1] == metrics(once)[0]
     often, once = load(often), load(once)
     assert torch.equal(often["rows"], once["rows"])

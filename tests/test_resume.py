@@ -63,9 +63,11 @@ def test_a_resumed_run_may_change_its_plan(train, change):
     assert load(run_dir)["step"] == evaluated_steps(run_dir)[-1]
 
 
-def test_a_resumed_run_goes_on_from_the_same_state(train, monkeypatch):
-    """Networks, averages, optimisers, counters and transitions are those of the checkpoint."""
-    run_dir = train()
+@pytest.mark.parametrize("size", [100, 30])
+def test_a_resumed_run_goes_on_from_the_same_state(train, monkeypatch, size):
+    """Networks, averages, optimisers, counters and transitions are those of the checkpoint, also
+    when a smaller buffer has been filled and is overwritten from its start."""
+    run_dir = train("--buffer-size", size)
     saved, given = load(run_dir), []
     monkeypatch.setattr(sdac, "train", lambda *inputs: given.extend(inputs))
     train("--resume", run_dir)
@@ -75,7 +77,25 @@ def test_a_resumed_run_goes_on_from_the_same_state(train, monkeypatch):
     assert_same(saved["agent"], dict(agent.state_dict()))
     optimizers = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
     assert_same(saved["optimizers"], optimizers)
+    assert len(saved["rows"]) == min(size, 40)
     assert_same(saved["rows"], buffer.rows[:40])
+
+
+def test_learning_rates_fall_to_the_end_of_the_run(train, monkeypatch):
+    """From the first update on, in a straight line to 0 at the last step. A resumed run with more
+    steps goes on with the rate that it would have had from the beginning."""
+    update, found = sdac.Agent.update, []
+
+    def watched(agent, *inputs):
+        update(agent, *inputs)
+        found.append([float(x.param_groups[0]["lr"]) for x in agent.optimizers])
+
+    monkeypatch.setattr(sdac.Agent, "update", watched)
+    run_dir = train("--policy-lr", 0.1, "--q-lr", 0.2)  # steps 20, 22 .. 38 of 40
+    train("--resume", run_dir, "--total-timesteps", 60)  # steps 40, 42 .. 58 of 60
+    left = [(40 - step) / 20 for step in range(20, 40, 2)]
+    left += [(60 - step) / 40 for step in range(40, 60, 2)]
+    np.testing.assert_allclose(found, [[0.1 * x, 0.2 * x] for x in left], rtol=1e-5)
 
 
 FIXED = {"env_id": "Hopper-v4", "buffer_size": 99, "denoising_steps": 4, "published": None}
@@ -180,7 +200,7 @@ def test_a_signal_ends_the_run_in_order(train, at_step, capsys, number):
     assert end(train) == STATUS[number]
     assert load(the_run())["step"] == load(the_run(), "model.pt")["step"] == 34
     last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(rf"Go on with: python \S+ --resume {the_run()}", last)
+    assert re.fullmatch(rf"Saving. Go on with: python \S+ --resume {the_run()}", last)
     train("--evaluate", the_run())
     assert "\nevaluation at step 34: return " in capsys.readouterr().out
     train("--resume", the_run())
@@ -390,6 +410,17 @@ def test_with_resume_too_evaluate_counts(train, capsys):
     capsys.readouterr()
     train("--resume", first, "--evaluate", second)
     assert "evaluation at step 26" in capsys.readouterr().out
+
+
+def test_evaluate_makes_no_room_for_transitions(train, monkeypatch):
+    """A GPU that is full with a training can still film its policy."""
+    run_dir, made = train(), []
+    init = sdac.ReplayBuffer.__init__
+    watched = lambda *inputs: made.append(inputs[0]) or init(*inputs)  # noqa: E731
+    monkeypatch.setattr(sdac.ReplayBuffer, "__init__", watched)
+    train("--evaluate", run_dir)
+    train("--resume", run_dir)
+    assert [len(buffer.rows) for buffer in made] == [1, 100]
 
 
 def test_evaluate_repeats_the_last_evaluation(train, capsys):

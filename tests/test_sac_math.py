@@ -1,7 +1,6 @@
 """The mathematics of sac_continuous_action.py against closed forms, quadrature and plain loops."""
 
 import copy
-import inspect
 import math
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ from test_sdac_math import first_adam_step, mlp
 from torch.distributions import Normal
 
 import sac_continuous_action as sac
-import sdac_continuous_action as sdac
 
 
 @pytest.fixture
@@ -20,13 +18,6 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def test_what_is_not_the_algorithm_is_the_same_code_as_in_sdac():
-    """So the tests of these parts of SDAC hold here, too."""
-    for name in "mish MLP Critics ReplayBuffer CudaGraph gradient_step update_average".split():
-        here, there = (inspect.getsource(getattr(script, name)) for script in (sac, sdac))
-        assert here == there, name
 
 
 # ---- The squashed Gaussian
