@@ -338,7 +338,7 @@ def save_checkpoint(run_dir, agent, buffer):
         "updates": agent.updates,
         "evaluations": agent.evaluations,
         "optimizers": [optimizer.state_dict()["state"] for optimizer in agent.optimizers],
-        "rows": rows.to("cpu", copy=True),  # A slice is saved with the empty rows.
+        "rows": rows.to("cpu", copy=True),  # A slice would keep the empty rows.
     }
     for name, contents in (("model.pt", model), ("checkpoint.pt", {**model, **training})):
         torch.save(contents, run_dir / "unfinished.tmp")

@@ -12,7 +12,9 @@ import sdac_continuous_action as sdac
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 
-OBS, ACTIONS = 100 * torch.randn(64, 7), torch.rand(64, 2, 3)
+SEEDED = torch.Generator().manual_seed(0)
+OBS = 100 * torch.randn(64, 7, generator=SEEDED)
+ACTIONS = torch.rand(64, 2, 3, generator=SEEDED)
 NETWORKS = {
     "critics": (sdac.Critics, OBS, ACTIONS),
     "denoiser, one level": (sdac.Denoiser, OBS, ACTIONS, torch.tensor(5)),

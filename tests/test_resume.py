@@ -416,7 +416,11 @@ def test_evaluate_makes_no_room_for_transitions(train, monkeypatch):
     """A GPU that is full with a training can still film its policy."""
     run_dir, made = train(), []
     init = sdac.ReplayBuffer.__init__
-    watched = lambda *inputs: made.append(inputs[0]) or init(*inputs)  # noqa: E731
+
+    def watched(buffer, *inputs):
+        made.append(buffer)
+        init(buffer, *inputs)
+
     monkeypatch.setattr(sdac.ReplayBuffer, "__init__", watched)
     train("--evaluate", run_dir)
     train("--resume", run_dir)
