@@ -16,8 +16,9 @@ a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise le
 has the least noise, not none. Q̄ is a target critic. A batch has B states. Particles are actions
 that the policy proposes, K per state; reverse samples are the guesses â of a_0, M per state.
 Unlike in the paper (--published undoes it), noise levels are evenly spaced in log(√(1-ᾱ)/√ᾱ),
-reverse samples are drawn inside the box of actions and not clipped to it, λ is a share of the
-standard deviation of Q over these samples, and learning rates fall to 0; see also PUBLISHED.
+reverse samples are drawn inside the box of actions and not clipped to it; in ever more states one
+becomes the policy's own action; λ is a share of the standard deviation of Q over these samples; and
+learning rates fall to 0. See also PUBLISHED.
 """
 
 import copy
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 PUBLISHED = {  # Defaults with --published.
     "denoising_steps": 20,
-    "num_particles": 32,
+    "num_target_particles": 32,
     "num_reverse_samples": 64,
     "policy_lr": 3e-4,
     "q_lr": 3e-4,
@@ -84,12 +85,13 @@ class Args:
     exploration_end: float = 0.1  # what it falls to, exponentially
     exploration_decay: float = 5_000  # time constant of the fall, in updates
 
-    published: bool = False  # closer to the paper; changes defaults (PUBLISHED)
+    published: bool = False  # closer to the paper; other defaults (PUBLISHED), too
     mirror_descent: bool = False  # the paper's other method, DPMD: pi_old exp(Q/lambda)
     denoising_steps: int = 6  # noise levels (T)
-    num_particles: int = 4  # proposed actions per state (K); the one with the largest Q is taken
+    num_particles: int = 32  # proposed actions per state (K); the one with the largest Q is taken
+    num_target_particles: int = 4  # the same for targets and policy loss; few, to be fast
     num_reverse_samples: int = 16  # guesses of the action behind a noised action (M)
-    temperature: float = 0.01  # lambda in standard deviations of Q; default algorithm only
+    temperature: float = 0.01  # lambda in standard deviations of Q; not with the two flags
 
     def check(self):
         limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1), "denoising_steps": (2, 1000)}
@@ -320,6 +322,7 @@ class Agent(nn.Module):
         self.average_policy = copy.deepcopy(self.policy)
         self.target_critics = copy.deepcopy(self.critics)
         self.register_buffer("exploration_std", torch.tensor(args.exploration_start))
+        self.progress = torch.tensor(0.0)  # from 0, at the first update, to 1
         self.schedule = NoiseSchedule(args.denoising_steps, args.published)
 
         adam = partial(torch.optim.Adam, fused=True, capturable=torch.empty(0).is_cuda)
@@ -330,23 +333,24 @@ class Agent(nn.Module):
         self.update_critics = CudaGraph(self.update_critics)
         self.update_policy = CudaGraph(self.update_policy)
 
-    def act(self, obs, policy=None, explore=True):
-        """Return actions (B, d) of the given policy, by default of the averaged, steadier one."""
+    def act(self, obs, policy=None, num_particles=None, explore=True):
+        """Return actions (B, d), the best of K, by default of the averaged, steadier policy."""
         policy = policy or self.average_policy
-        shape = (len(obs), self.args.num_particles, self.action_dim)
+        shape = (len(obs), num_particles or self.args.num_particles, self.action_dim)
         a = sample_actions(policy, self.critics, self.schedule, obs, shape)
         if explore:
             a = (a + self.exploration_std * torch.randn(a.shape)).clamp(-1, 1)
         return a
 
     def update(self, batch, progress):
-        """Learn from a batch of transitions, when the fraction `progress` of the run is done."""
+        """Learn from a batch of transitions. `progress` goes from 0, at the first update, to 1."""
         args = self.args
         self.updates += 1
+        self.progress.fill_(progress)
 
-        # Lower the learning rates in place, for CUDA graphs read them.
+        # Lower the learning rates in place: CUDA graphs read them.
         policy_factor = q_factor = 1 - progress
-        if args.published:  # The policy's falls to a tenth, from 26% to 77% of training.
+        if args.published:  # The policy's falls to a tenth between 26% and 77%.
             policy_factor = 1 - 0.9 * min(max((progress - 0.26) / (0.77 - 0.26), 0), 1)
             q_factor = 1
         self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * policy_factor)
@@ -362,7 +366,7 @@ class Agent(nn.Module):
         self.metrics.update(metrics)
         if self.updates % args.policy_frequency == 0:
             _, _, _, next_obs, _ = batch
-            # Any s and a_t would do. These next states have sampled actions already.
+            # Any s would do. In these next states the policy has sampled actions already.
             self.metrics.update(self.update_policy(next_obs, next_actions))
             update_average(self.target_critics, self.critics, args.tau)
             update_average(self.average_policy, self.policy, args.tau)
@@ -371,7 +375,7 @@ class Agent(nn.Module):
         """Fit Q_j to r + γ min_j Q̄_j(s', a'), where the exploration noise in a' smooths Q̄, as
         in TD3. Unlike in SAC there is no entropy bonus: the density of a' is not known."""
         args = self.args
-        next_actions = self.act(next_obs, policy=self.policy)
+        next_actions = self.act(next_obs, self.policy, args.num_target_particles)
         with torch.no_grad():
             next_q = self.target_critics.minimum(next_obs, next_actions[:, None])[:, 0]
             target_q = args.reward_scale * rewards + args.gamma * (1 - terminations) * next_q
@@ -381,7 +385,7 @@ class Agent(nn.Module):
         return {"q_values": q.mean().detach(), "q_loss": loss.detach()}, next_actions
 
     def update_policy(self, obs, actions):
-        """Noise the actions, and let the policy predict what the noise is on average."""
+        """Mix noise into the actions, and let the policy predict the mean noise."""
         t = torch.randint(self.args.denoising_steps, (len(obs),))
         eps = torch.randn(actions.shape)
         a_t = self.schedule.signal[t, None] * actions + self.schedule.noise[t, None] * eps
@@ -393,29 +397,35 @@ class Agent(nn.Module):
             metrics = {}
         else:
             # The RSM loss Σ w_i ‖ε_θ - ε_i‖² has the gradient of ‖ε_θ - Σ w_i ε_i‖², as Σ w_i = 1.
-            target, metrics = self.estimate_noise(obs, a_t, t)
+            target, metrics = self.estimate_noise(obs, actions, eps, a_t, t)
             loss = (prediction - target).square().sum(1).mean()
         gradient_step(self.policy_optimizer, loss)
         return {"policy_loss": loss.detach(), **metrics}
 
     @torch.no_grad()
-    def estimate_noise(self, obs, a_t, t):
-        """Return an estimate of E[ε | a_t, s], the target (B, d) of the policy, and metrics."""
+    def estimate_noise(self, obs, actions, eps, a_t, t):
+        """Estimate E[ε | a_t, s], the target (B, d) of the policy, and return metrics, too."""
         args = self.args
         m = args.num_reverse_samples
-        a_hat, eps = reverse_samples(self.schedule, a_t, t, m, args.published)
+        a_hat, eps_hat = reverse_samples(self.schedule, a_t, t, m, args.published)
+        if not args.published:
+            # Few guesses are good. So the first becomes the policy's own action, in a share of the
+            # states that grows with progress. It is not drawn from φ: this bias is greedier.
+            own = torch.rand(len(obs), 1) < self.progress
+            a_hat[:, 0] = torch.where(own, actions, a_hat[:, 0])
+            eps_hat[:, 0] = torch.where(own, eps, eps_hat[:, 0])
         q = self.critics.minimum(obs, a_hat)
         if args.published:
-            temperature = 2 * self.exploration_std  # The authors lower both together.
+            temperature = 2 * self.exploration_std  # The authors lower it with the noise.
         else:
-            # λ is small: the best guess gets most weight.
+            # λ is small: nearly all weight is on the best guess.
             temperature = args.temperature * q.std(1, correction=0).mean().clamp(min=1e-8)
-        target, sample_size = rsm_target(eps, q, temperature)
+        target, sample_size = rsm_target(eps_hat, q, temperature)
         return target, {"temperature": temperature, "effective_sample_size": sample_size.mean()}
 
     @torch.no_grad()
     def mirror_descent_weights(self, obs, actions):
-        """Mirror descent (DPMD): weights exp(Q/λ) (B,) turn π_old, here the best of K particles
+        """Mirror descent (DPMD): weights exp(Q/λ) (B,) turn π_old, here the best particle
         plus noise, into π_new ∝ π_old exp(Q/λ). Q is standardised, and λ = 10 exploration_std."""
         q = self.critics.minimum(obs, actions[:, None])[:, 0]
         standardised = ((q - q.mean()) / q.std(correction=0).clamp(min=1e-8)).clamp(-3, 3)

@@ -125,7 +125,8 @@ def normal_cdf(x):
 def make_agent(**choices):
     """A small agent whose networks matter and whose averages differ from their sources."""
     torch.manual_seed(3)
-    small = {"denoising_steps": 4, "num_particles": 3, "num_reverse_samples": 6}
+    small = {"denoising_steps": 4, "num_reverse_samples": 6}
+    small |= {"num_particles": 3, "num_target_particles": 5}
     agent = sdac.Agent(sdac.Args(**{**small, **choices}), 3, 2)
     with torch.no_grad():
         for critics in (agent.critics, agent.target_critics):
@@ -427,7 +428,8 @@ def test_one_dominant_value_leaves_a_single_sample_even_where_exp_overflows():
 
 
 # ---- The temperature λ
-NOISED = randn(6, 3, seed=1), randn(6, 2, seed=2), torch.tensor([0, 1, 2, 3, 0, 1])  # s, a_t, t
+NOISED = randn(6, 3, seed=1), randn(6, 2, seed=3), randn(6, 2, seed=4)  # s, a_0, ε
+NOISED += randn(6, 2, seed=2), torch.tensor([0, 1, 2, 3, 0, 1])  # a_t, t
 
 
 def test_lambda_is_a_share_of_the_mean_spread_of_q_over_the_reverse_samples():
@@ -460,7 +462,7 @@ def test_a_constant_q_gives_all_samples_the_same_weight():
     torch.manual_seed(1)
     target, metrics = agent.estimate_noise(*NOISED)
     torch.manual_seed(1)
-    _, eps = sdac.reverse_samples(agent.schedule, *NOISED[1:], 6)
+    _, eps = sdac.reverse_samples(agent.schedule, *NOISED[3:], 6)
     torch.testing.assert_close(target, eps.mean(1))
     assert metrics["effective_sample_size"].item() == pytest.approx(6)
 
@@ -469,6 +471,19 @@ def test_published_lambda_is_twice_the_exploration_noise():
     agent = make_agent(published=True)
     agent.exploration_std.fill_(0.17)
     assert agent.estimate_noise(*NOISED)[1]["temperature"].item() == pytest.approx(0.34)
+
+
+@pytest.mark.parametrize(("choices", "share"), [({}, 0.3), ({"published": True}, 0)])
+def test_the_own_action_is_a_guess_in_the_share_of_states_given_by_the_progress(choices, share):
+    """Q is largest there. Then the target is the noise with which the action was mixed."""
+    agent, (a_0, eps) = make_agent(**choices), torch.full((2, 10_000, 2), 0.5)
+    agent.progress.fill_(0.3)
+    agent.critics.minimum = lambda obs, actions: (actions == 0.5).all(2).float()
+    a_t, t = randn(10_000, 2), torch.arange(10_000) % 4
+    agent.exploration_std.fill_(1e-4)
+    target, _ = agent.estimate_noise(torch.zeros(10_000, 3), a_0, eps, a_t, t)
+    found = (target == 0.5).all(1).float().mean().item()
+    assert found == pytest.approx(share, abs=0.02)
 
 
 def test_mirror_descent_weights_are_exponentials_of_the_standardised_q():
@@ -517,7 +532,7 @@ def first_adam_step(network, loss, lr):
         x.data -= lr * gradient / (gradient.abs() + 1e-8)
 
 
-def recompute_update(agent, batch, policy_lr, q_lr):
+def recompute_update(agent, batch, progress, policy_lr, q_lr):
     """An agent's first update by loops, from the same random numbers. Returns the networks, with
     gradients, and the metrics."""
     args, (obs, actions, rewards, next_obs, terminations) = agent.args, batch
@@ -526,7 +541,7 @@ def recompute_update(agent, batch, policy_lr, q_lr):
     std = 0.1 + 0.4 * math.exp(-(agent.updates + 1) / args.exploration_decay)
 
     # a' from the current policy, with noise
-    best, winners, outside = ddpm(nets.policy, nets.critics, levels, next_obs, 3, args.published)
+    best, winners, outside = ddpm(nets.policy, nets.critics, levels, next_obs, 5, args.published)
     noisy = best + std * torch.randn(n, 2)
     next_actions = noisy.clamp(-1, 1)
     assert outside > 0 and len(set(winners)) > 1 and not torch.equal(noisy, next_actions)
@@ -559,10 +574,14 @@ def recompute_update(agent, batch, policy_lr, q_lr):
         m = args.num_reverse_samples
         draws = (torch.randn if args.published else torch.rand)(n, m, 2)
         q, eps, a_hat = torch.empty(n, m), torch.empty(n, m, 2), torch.empty(2)
+        own = [not args.published and x < progress for x in torch.rand(n).tolist()]
+        assert args.published or set(own) == {True, False}
         for b, i in itertools.product(range(n), range(m)):
             for c in range(2):
                 inputs = levels[t[b]], a_t[b][c].item(), draws[b, i, c].item(), args.published
                 a_hat[c], eps[b, i, c] = guess(*inputs)
+            if own[b] and i == 0:
+                a_hat, eps[b, 0] = next_actions[b].clone(), true_eps[b]
             q[b, i] = min_q(nets.critics, next_obs[b], a_hat)
         temperature = args.temperature * statistics.fmean(map(statistics.pstdev, q.tolist()))
         temperature = 2 * std if args.published else temperature
@@ -601,7 +620,7 @@ def test_one_update_is_its_recomputation_by_loops(float64, kind):
         assert 0.1 < (q_1 < q_2).double().mean() < 0.9
 
     torch.manual_seed(5)
-    expected, metrics = recompute_update(agent, batch, 2e-3 * policy_factor, 5e-3 * q_factor)
+    expected, metrics = recompute_update(agent, batch, 0.4, 2e-3 * policy_factor, 5e-3 * q_factor)
     torch.manual_seed(5)
     agent.update(batch, 0.4)
     assert {k: v.item() for k, v in agent.metrics.items()} == pytest.approx(metrics, rel=1e-9)
