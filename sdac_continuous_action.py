@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 PUBLISHED = {  # Defaults with --published.
     "denoising_steps": 20,
-    "num_target_particles": 32,
+    "num_particles": 32,
     "num_reverse_samples": 64,
     "policy_lr": 3e-4,
     "q_lr": 3e-4,
@@ -88,8 +88,8 @@ class Args:
     published: bool = False  # closer to the paper; other defaults (PUBLISHED), too
     mirror_descent: bool = False  # the paper's other method, DPMD: pi_old exp(Q/lambda)
     denoising_steps: int = 6  # noise levels (T)
-    num_particles: int = 32  # proposed actions per state (K); the one with the largest Q is taken
-    num_target_particles: int = 4  # the same for targets and policy loss; few, to be fast
+    num_particles: int = 4  # proposed actions per state (K); the one with the largest Q is taken
+    num_eval_particles: int = 32  # the same in evaluations, which do not explore
     num_reverse_samples: int = 16  # guesses of the action behind a noised action (M)
     temperature: float = 0.01  # lambda in standard deviations of Q; not with the two flags
 
@@ -333,10 +333,11 @@ class Agent(nn.Module):
         self.update_critics = CudaGraph(self.update_critics)
         self.update_policy = CudaGraph(self.update_policy)
 
-    def act(self, obs, policy=None, num_particles=None, explore=True):
+    def act(self, obs, policy=None, explore=True):
         """Return actions (B, d), the best of K, by default of the averaged, steadier policy."""
         policy = policy or self.average_policy
-        shape = (len(obs), num_particles or self.args.num_particles, self.action_dim)
+        num_particles = self.args.num_particles if explore else self.args.num_eval_particles
+        shape = (len(obs), num_particles, self.action_dim)
         a = sample_actions(policy, self.critics, self.schedule, obs, shape)
         if explore:
             a = (a + self.exploration_std * torch.randn(a.shape)).clamp(-1, 1)
@@ -375,7 +376,7 @@ class Agent(nn.Module):
         """Fit Q_j to r + γ min_j Q̄_j(s', a'), where the exploration noise in a' smooths Q̄, as
         in TD3. Unlike in SAC there is no entropy bonus: the density of a' is not known."""
         args = self.args
-        next_actions = self.act(next_obs, self.policy, args.num_target_particles)
+        next_actions = self.act(next_obs, policy=self.policy)
         with torch.no_grad():
             next_q = self.target_critics.minimum(next_obs, next_actions[:, None])[:, 0]
             target_q = args.reward_scale * rewards + args.gamma * (1 - terminations) * next_q

@@ -70,8 +70,7 @@ def look_into(run, num_states=128):
     obs = latest[:, : agent.critics.q1.dims[0]]
     # λ is that of an update of the policy, which leaves alone the averaged policy and the critics.
     agent.progress.fill_(state["step"] / agent.args.total_timesteps)
-    actions = agent.act(obs, agent.policy, agent.args.num_target_particles)
-    temperature = agent.update_policy(obs, actions)["temperature"]
+    temperature = agent.update_policy(obs, agent.act(obs, policy=agent.policy))["temperature"]
     return {"step": state["step"], **inspect(agent, obs, temperature)}
 
 

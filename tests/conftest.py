@@ -21,7 +21,7 @@ import sdac_continuous_action as sdac
 ROOT = Path(sdac.__file__).parent
 SMALL = {"num_envs": 2, "batch_size": 16, "eval_episodes": 2}
 SMALL_SDAC = {"denoising_steps": 3, "num_reverse_samples": 4}
-SMALL_SDAC |= {"num_particles": 2, "num_target_particles": 2}
+SMALL_SDAC |= {"num_particles": 2, "num_eval_particles": 2}
 PENDULUM = "--no-cuda --env-id InvertedPendulum-v4 --learning-starts 20 --total-timesteps 40"
 PENDULUM = f"{PENDULUM} --eval-frequency 20 --buffer-size 100".split()
 BOX = gym.spaces.Box(-1, 1, (2,))

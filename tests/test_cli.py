@@ -104,7 +104,7 @@ def test_help_shows_the_published_defaults():
     found = {}
     for published in ([], ["--published"]):
         text = re.sub(r"\W+", " ", help_text(sdac, *published))
-        for name in ("denoising steps", "target particles", "reverse samples", "learning starts"):
+        for name in ("denoising steps", "num particles", "num reverse samples", "learning starts"):
             found.setdefault(name, []).append(int(re.search(rf"{name} .*?default (\d+)", text)[1]))
     assert list(found.values()) == [[6, 20], [4, 32], [16, 64], [10_000, 30_000]]
 
@@ -112,14 +112,14 @@ def test_help_shows_the_published_defaults():
 def test_flags_beside_published_win():
     args, _ = sdac.parse_args(["--num-particles", "7", "--published", "--tau", "0.5"])
     assert (args.published, args.num_particles, args.tau) == (True, 7, 0.5)
-    assert (args.denoising_steps, args.num_target_particles, args.policy_lr) == (20, 32, 3e-4)
+    assert (args.denoising_steps, args.num_reverse_samples, args.policy_lr) == (20, 64, 3e-4)
     assert sdac.parse_args([])[0] == sdac.Args()
 
 
 # Numbers
 COUNTS = "total_timesteps num_envs buffer_size learning_starts eval_frequency eval_episodes"
 COUNTS = f"{COUNTS} batch_size policy_frequency num_reverse_samples".split()
-COUNTS += ["num_particles", "num_target_particles"]
+COUNTS += ["num_particles", "num_eval_particles"]
 BAD = {name: [0, -1] for name in COUNTS}
 BAD |= {"seed": [-1, 2**32], "gamma": [-0.1, 1.1], "tau": [-0.1, 1.5], "denoising_steps": [1, -1]}
 REALS = "policy_lr q_lr reward_scale temperature gamma tau"

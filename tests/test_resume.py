@@ -212,10 +212,10 @@ def test_a_signal_ends_an_evaluation(train, monkeypatch, number):
     """At once; the resumed run makes this evaluation."""
     act = sdac.Agent.act
 
-    def watched(agent, *args, explore=True):
+    def watched(agent, obs, policy=None, explore=True):
         if not explore and len(agent.evaluations) == number - 1:
             send(signal.SIGTERM)
-        return act(agent, *args, explore=explore)
+        return act(agent, obs, policy, explore)
 
     with monkeypatch.context() as patch:
         patch.setattr(sdac.Agent, "act", watched)

@@ -126,7 +126,7 @@ def make_agent(**choices):
     """A small agent whose networks matter and whose averages differ from their sources."""
     torch.manual_seed(3)
     small = {"denoising_steps": 4, "num_reverse_samples": 6}
-    small |= {"num_particles": 3, "num_target_particles": 5}
+    small |= {"num_particles": 5, "num_eval_particles": 3}
     agent = sdac.Agent(sdac.Args(**{**small, **choices}), 3, 2)
     with torch.no_grad():
         for critics in (agent.critics, agent.target_critics):
@@ -505,10 +505,13 @@ def test_act_samples_the_averaged_policy_ranked_by_the_online_critics(float64, p
     agent, obs = make_agent(published=published), randn(8, 3)
     agent.exploration_std.fill_(0.4)
     levels = chain(4, published)
-    torch.manual_seed(1)
-    best, _, _ = ddpm(agent.average_policy, agent.critics, levels, obs, 3, published)
-    noisy = best + 0.4 * torch.randn(8, 2)
-    for explore, expected in [(False, best), (True, noisy.clamp(-1, 1))]:
+    for explore, num_particles in [(False, 3), (True, 5)]:
+        torch.manual_seed(1)
+        best, _, _ = ddpm(
+            agent.average_policy, agent.critics, levels, obs, num_particles, published
+        )
+        noisy = best + 0.4 * torch.randn(8, 2)
+        expected = noisy.clamp(-1, 1) if explore else best
         torch.manual_seed(1)
         torch.testing.assert_close(agent.act(obs, explore=explore), expected, rtol=0, atol=1e-9)
     assert (noisy.abs() > 1).any()

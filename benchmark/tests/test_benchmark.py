@@ -34,7 +34,7 @@ sdac, sac = common.script("sdac"), common.script("sac")
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date|.*compiler attribute")
 
 SMALL = "--num-envs 4 --batch-size 16 --learning-starts 20 --eval-episodes 1 --no-compile --no-cuda"
-SMALL_SDAC = "--denoising-steps 2 --num-particles 1 --num-target-particles 1"
+SMALL_SDAC = "--denoising-steps 2 --num-particles 1 --num-eval-particles 1"
 SMALL_SDAC += " --num-reverse-samples 2"
 
 
