@@ -16,9 +16,9 @@ a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise le
 has the least noise, not none. Q̄ is a target critic. A batch has B states. Particles are actions
 that the policy proposes, K per state; reverse samples are the guesses â of a_0, M per state.
 Unlike in the paper (--published undoes it), noise levels are evenly spaced in log(√(1-ᾱ)/√ᾱ),
-reverse samples are drawn inside the box of actions and not clipped to it; in ever more states one
-becomes the policy's own action; λ is a share of the standard deviation of Q over these samples; and
-learning rates fall to 0. See also PUBLISHED.
+reverse samples are drawn inside the box of actions and not clipped to it; in the second half of
+training one becomes the policy's own action; λ is a share of the standard deviation of Q over these
+samples; and learning rates fall to 0. See also PUBLISHED.
 """
 
 import copy
@@ -410,11 +410,11 @@ class Agent(nn.Module):
         m = args.num_reverse_samples
         a_hat, eps_hat = reverse_samples(self.schedule, a_t, t, m, args.published)
         if not args.published:
-            # Few guesses are good. So the first becomes the policy's own action, in a share of the
-            # states that grows with progress. It is not drawn from φ: this bias is greedier.
-            own = torch.rand(len(obs), 1) < self.progress
-            a_hat[:, 0] = torch.where(own, actions, a_hat[:, 0])
-            eps_hat[:, 0] = torch.where(own, eps, eps_hat[:, 0])
+            # Few guesses are good. So in the second half of training the first becomes the policy's
+            # own action. It is not drawn from φ: this bias makes the policy greedier.
+            late = self.progress > 0.5
+            a_hat[:, 0] = torch.where(late, actions, a_hat[:, 0])
+            eps_hat[:, 0] = torch.where(late, eps, eps_hat[:, 0])
         q = self.critics.minimum(obs, a_hat)
         if args.published:
             temperature = 2 * self.exploration_std  # The authors lower it with the noise.
