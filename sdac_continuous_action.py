@@ -91,7 +91,7 @@ class Args:
     num_particles: int = 4  # proposed actions per state (K); the one with the largest Q is taken
     num_eval_particles: int = 32  # the same in evaluations, which do not explore
     num_reverse_samples: int = 16  # guesses of the action behind a noised action (M)
-    temperature: float = 0.01  # lambda in standard deviations of Q; not with the two flags
+    temperature: float = 0.01  # lambda in standard deviations of Q; default algorithm only
 
     def check(self):
         limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1), "denoising_steps": (2, 1000)}
@@ -322,7 +322,7 @@ class Agent(nn.Module):
         self.average_policy = copy.deepcopy(self.policy)
         self.target_critics = copy.deepcopy(self.critics)
         self.register_buffer("exploration_std", torch.tensor(args.exploration_start))
-        self.progress = torch.tensor(0.0)  # from 0, at the first update, to 1
+        self.progress = torch.tensor(0.0)  # of the training, for CUDA graphs
         self.schedule = NoiseSchedule(args.denoising_steps, args.published)
 
         adam = partial(torch.optim.Adam, fused=True, capturable=torch.empty(0).is_cuda)

@@ -68,8 +68,8 @@ def look_into(run, num_states=128):
     age = torch.randint(min(50_000, len(state["rows"])), (num_states,))
     latest = state["rows"][(state["step"] - 1 - age) % len(state["rows"])]
     obs = latest[:, : agent.critics.q1.dims[0]]
+    agent.progress.fill_(state["step"] / agent.args.total_timesteps)  # nearly, for random steps
     # λ is that of an update of the policy, which leaves alone the averaged policy and the critics.
-    agent.progress.fill_(state["step"] / agent.args.total_timesteps)
     temperature = agent.update_policy(obs, agent.act(obs, policy=agent.policy))["temperature"]
     return {"step": state["step"], **inspect(agent, obs, temperature)}
 
