@@ -356,7 +356,7 @@ def train(agent, buffer, run_dir, writer):
     act = CudaGraph(agent.act)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     start_time = time.time()
-    returns = np.zeros(args.num_envs)  # of the episodes so far
+    returns = np.zeros(args.num_envs)  # of the running episodes
     recent_returns = []
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
@@ -492,7 +492,7 @@ def main(argv=None):
     try:
         with SummaryWriter(run_dir, purge_step=step + 1) as writer:
             train(agent, buffer, run_dir, writer)
-    except (Exception, SystemExit):  # Ctrl-C may end a compiler first.
+    except (Exception, SystemExit):  # Ctrl-C also ends a compiler at work.
         if not agent.exit_status:
             raise
     finally:

@@ -15,10 +15,8 @@ Notation: s is an observation, a_0 an action in [-1, 1]^d, ε standard normal no
 a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise level (diffusion time): t = 0
 has the least noise, not none. Q̄ is a target critic. A batch has B states. Particles are actions
 that the policy proposes, K per state; reverse samples are the guesses â of a_0, M per state.
-Unlike in the paper (--published undoes it), noise levels are evenly spaced in log(√(1-ᾱ)/√ᾱ),
-reverse samples are drawn inside the box of actions and not clipped to it; in the second half of
-training one becomes the policy's own action; λ is a share of the standard deviation of Q over these
-samples; and learning rates fall to 0. See also PUBLISHED.
+Noise levels, reverse samples, λ and learning rates differ from the authors' code. The README says
+how, and --published undoes it.
 """
 
 import copy
@@ -85,13 +83,13 @@ class Args:
     exploration_end: float = 0.1  # what it falls to, exponentially
     exploration_decay: float = 5_000  # time constant of the fall, in updates
 
-    published: bool = False  # closer to the paper; other defaults (PUBLISHED), too
+    published: bool = False  # closer to the authors' code; other defaults (PUBLISHED), too
     mirror_descent: bool = False  # the paper's other method, DPMD: pi_old exp(Q/lambda)
     denoising_steps: int = 6  # noise levels (T)
     num_particles: int = 4  # proposed actions per state (K); the one with the largest Q is taken
     num_eval_particles: int = 32  # the same in evaluations, which do not explore
     num_reverse_samples: int = 16  # guesses of the action behind a noised action (M)
-    temperature: float = 0.01  # lambda in standard deviations of Q; default algorithm only
+    temperature: float = 0.01  # lambda in standard deviations of Q; not with the two flags above
 
     def check(self):
         limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1), "denoising_steps": (2, 1000)}
@@ -334,7 +332,7 @@ class Agent(nn.Module):
         self.update_policy = CudaGraph(self.update_policy)
 
     def act(self, obs, policy=None, explore=True):
-        """Return actions (B, d), the best of K, by default of the averaged, steadier policy."""
+        """Return actions (B, d), each the best of K proposals, by default of the averaged policy."""
         policy = policy or self.average_policy
         num_particles = self.args.num_particles if explore else self.args.num_eval_particles
         shape = (len(obs), num_particles, self.action_dim)
@@ -373,8 +371,9 @@ class Agent(nn.Module):
             update_average(self.average_policy, self.policy, args.tau)
 
     def update_critics(self, obs, actions, rewards, next_obs, terminations):
-        """Fit Q_j to r + γ min_j Q̄_j(s', a'), where the exploration noise in a' smooths Q̄, as
-        in TD3. Unlike in SAC there is no entropy bonus: the density of a' is not known."""
+        """Fit Q_j to r + γ min_j Q̄_j(s', a'), or to r where s' is terminal. The exploration noise in
+        a' smooths Q̄, as in TD3. Unlike in SAC there is no entropy bonus: the density of a' is not
+        known."""
         args = self.args
         next_actions = self.act(next_obs, policy=self.policy)
         with torch.no_grad():
@@ -426,8 +425,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def mirror_descent_weights(self, obs, actions):
-        """Mirror descent (DPMD): weights exp(Q/λ) (B,) turn π_old, here the best particle
-        plus noise, into π_new ∝ π_old exp(Q/λ). Q is standardised, and λ = 10 exploration_std."""
+        """Mirror descent (DPMD): actions of π_old, here the best particle plus noise, with weights
+        exp(Q/λ) (B,) teach π_new ∝ π_old exp(Q/λ). Q is standardised, and λ = 10 exploration_std."""
         q = self.critics.minimum(obs, actions[:, None])[:, 0]
         standardised = ((q - q.mean()) / q.std(correction=0).clamp(min=1e-8)).clamp(-3, 3)
         return (standardised / (10 * self.exploration_std)).exp()
@@ -513,7 +512,7 @@ def train(agent, buffer, run_dir, writer):
     act = CudaGraph(agent.act)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     start_time = time.time()
-    returns = np.zeros(args.num_envs)  # of the episodes so far
+    returns = np.zeros(args.num_envs)  # of the running episodes
     recent_returns = []
     obs = to_tensor(envs.reset(seed=args.seed + step)[0])
 
@@ -651,7 +650,7 @@ def main(argv=None):
     try:
         with SummaryWriter(run_dir, purge_step=step + 1) as writer:
             train(agent, buffer, run_dir, writer)
-    except (Exception, SystemExit):  # Ctrl-C may end a compiler first.
+    except (Exception, SystemExit):  # Ctrl-C also ends a compiler at work.
         if not agent.exit_status:
             raise
     finally:
