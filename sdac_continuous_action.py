@@ -332,7 +332,7 @@ class Agent(nn.Module):
         self.update_policy = CudaGraph(self.update_policy)
 
     def act(self, obs, policy=None, explore=True):
-        """Return actions (B, d), each the best of K proposals, by default of the averaged policy."""
+        """Return actions (B, d), each the best of K from the policy, by default from its average."""
         policy = policy or self.average_policy
         num_particles = self.args.num_particles if explore else self.args.num_eval_particles
         shape = (len(obs), num_particles, self.action_dim)
@@ -371,9 +371,9 @@ class Agent(nn.Module):
             update_average(self.average_policy, self.policy, args.tau)
 
     def update_critics(self, obs, actions, rewards, next_obs, terminations):
-        """Fit Q_j to r + γ min_j Q̄_j(s', a'), or to r where s' is terminal. The exploration noise in
-        a' smooths Q̄, as in TD3. Unlike in SAC there is no entropy bonus: the density of a' is not
-        known."""
+        """Fit Q_j to r + γ min_j Q̄_j(s', a'), or to r where s' is terminal. The exploration noise
+        in a' smooths Q̄, as in TD3. Unlike in SAC there is no entropy bonus: the density of a' is
+        not known."""
         args = self.args
         next_actions = self.act(next_obs, policy=self.policy)
         with torch.no_grad():
@@ -425,8 +425,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def mirror_descent_weights(self, obs, actions):
-        """Mirror descent (DPMD): actions of π_old, here the best particle plus noise, with weights
-        exp(Q/λ) (B,) teach π_new ∝ π_old exp(Q/λ). Q is standardised, and λ = 10 exploration_std."""
+        """Mirror descent (DPMD): actions of π_old, here the best particle plus noise, teach
+        π_new ∝ π_old exp(Q/λ) by weights exp(Q/λ) (B,), with standardised Q and
+        λ = 10 exploration_std."""
         q = self.critics.minimum(obs, actions[:, None])[:, 0]
         standardised = ((q - q.mean()) / q.std(correction=0).clamp(min=1e-8)).clamp(-3, 3)
         return (standardised / (10 * self.exploration_std)).exp()
