@@ -332,7 +332,7 @@ class Agent(nn.Module):
         self.update_policy = CudaGraph(self.update_policy)
 
     def act(self, obs, policy=None, explore=True):
-        """Return actions (B, d), each the best of K from the policy, by default from its average."""
+        """Return actions (B, d), the best of K each, by default from the averaged policy."""
         policy = policy or self.average_policy
         num_particles = self.args.num_particles if explore else self.args.num_eval_particles
         shape = (len(obs), num_particles, self.action_dim)
