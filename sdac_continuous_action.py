@@ -15,8 +15,8 @@ Notation: s is an observation, a_0 an action in [-1, 1]^d, ε standard normal no
 a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise level (diffusion time): t = 0
 has the least noise, not none. Q̄ is a target critic. A batch has B states. Particles are actions
 that the policy proposes, K per state; reverse samples are the guesses â of a_0, M per state.
-Noise levels, reverse samples, λ and learning rates differ from the authors' code. The README says
-how, and --published undoes it.
+Noise levels, reverse samples, λ and learning rates differ from the authors' code, as the README
+explains. --published comes close to theirs.
 """
 
 import copy
@@ -89,7 +89,7 @@ class Args:
     num_particles: int = 4  # proposed actions per state (K); the one with the largest Q is taken
     num_eval_particles: int = 32  # the same in evaluations, which do not explore
     num_reverse_samples: int = 16  # guesses of the action behind a noised action (M)
-    temperature: float = 0.01  # lambda in standard deviations of Q; not with the two flags above
+    temperature: float = 0.01  # lambda / std of Q; unused by --published and --mirror-descent
 
     def check(self):
         limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1), "denoising_steps": (2, 1000)}
@@ -425,9 +425,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def mirror_descent_weights(self, obs, actions):
-        """Mirror descent (DPMD): actions of π_old, here the best particle plus noise, teach
-        π_new ∝ π_old exp(Q/λ) by weights exp(Q/λ) (B,), with standardised Q and
-        λ = 10 exploration_std."""
+        """Weights exp(Q/λ) (B,) of mirror descent (DPMD). With them the policy learns from actions
+        of π_old, here the best particle plus noise, to sample π_new ∝ π_old exp(Q/λ). Q is
+        standardised, and λ = 10 exploration_std."""
         q = self.critics.minimum(obs, actions[:, None])[:, 0]
         standardised = ((q - q.mean()) / q.std(correction=0).clamp(min=1e-8)).clamp(-3, 3)
         return (standardised / (10 * self.exploration_std)).exp()
