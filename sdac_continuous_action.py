@@ -89,7 +89,7 @@ class Args:
     num_particles: int = 4  # proposed actions per state (K); the one with the largest Q is taken
     num_eval_particles: int = 32  # the same in evaluations, which do not explore
     num_reverse_samples: int = 16  # guesses of the action behind a noised action (M)
-    temperature: float = 0.01  # lambda / std of Q; unused by --published and --mirror-descent
+    temperature: float = 0.01  # lambda / std of Q; unused by published and mirror_descent
 
     def check(self):
         limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (0, 1), "denoising_steps": (2, 1000)}
