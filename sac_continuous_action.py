@@ -1,7 +1,7 @@
 """Soft Actor-Critic (SAC) in one file, the baseline of sdac_continuous_action.py.
 
-The policy is a Gaussian squashed by tanh into the box of actions. It maximises the expectation of
-Q(s, a) - α log π(a|s), and α is tuned so that the entropy of the policy stays near -d.
+The policy is a Gaussian squashed by tanh into the box of actions. It maximises
+E[Q(s, a) - α log π(a|s)], and α is tuned so that the entropy of the policy stays near -d.
 
     python sac_continuous_action.py --env-id Humanoid-v4
 
@@ -237,11 +237,11 @@ class Agent(nn.Module):
         return self.policy(obs)[0].tanh()
 
     def update(self, batch, progress):
-        """Learn from a batch of transitions, when the fraction `progress` of the run is done."""
+        """Learn from a batch of transitions. `progress` goes from 0, at the first update, to 1."""
         args = self.args
         self.updates += 1
 
-        # Lower the learning rates in place, for CUDA graphs read them.
+        # Lower the learning rates in place: CUDA graphs read them.
         self.policy_optimizer.param_groups[0]["lr"].fill_(args.policy_lr * (1 - progress))
         self.q_optimizer.param_groups[0]["lr"].fill_(args.q_lr * (1 - progress))
 
@@ -281,7 +281,7 @@ def make_env(env_id, video_folder=None):
     """A task with flat observations and actions in [-1, 1]^d, filmed if there is a folder."""
     env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
     if video_folder:
-        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda i: i == 0)
+        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda i: i == 0)
 
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or not space.is_bounded():
@@ -435,7 +435,7 @@ def main(argv=None):
     torch.set_flush_denormal(True)  # Tiny numbers slow CPUs down.
     torch.manual_seed(args.seed + step)
     np.random.seed(args.seed + step)  # Some tasks use it.
-    mujoco.set_mju_user_warning(warnings.warn)  # Show each warning once.
+    mujoco.set_mju_user_warning(warnings.warn)  # not into MUJOCO_LOG.TXT
     warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # of v4 tasks
 
     try:
@@ -499,8 +499,8 @@ def main(argv=None):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if agent.exit_status:
-        print(f"Saving. Go on with: python {sys.argv[0]} --resume {run_dir}")
         save_checkpoint(run_dir, agent, buffer)
+        print(f"Saved. Go on with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(agent.exit_status)
     print(f"Film it: python {sys.argv[0]} --evaluate {run_dir} --capture-video")
 

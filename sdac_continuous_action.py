@@ -12,8 +12,8 @@ that the guesses imply, with weights ∝ exp(Q / λ). No gradient passes through
 
 Paper: Ma et al., "Efficient Online Reinforcement Learning for Diffusion Policy", arXiv 2502.00361.
 Notation: s is an observation, a_0 an action in [-1, 1]^d, ε standard normal noise, and
-a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise level (diffusion time): t = 0
-has the least noise, not none. Q̄ is a target critic. A batch has B states. Particles are actions
+a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise level (diffusion time): level 0
+has the least noise, a_0 none. Q̄ is a target critic. A batch has B states. Particles are actions
 that the policy proposes, K per state; reverse samples are the guesses â of a_0, M per state.
 Noise levels, reverse samples, λ and learning rates differ from the authors' code, as the README
 explains. --published comes close to theirs.
@@ -144,7 +144,7 @@ class Denoiser(nn.Module):
     def forward(self, obs, a_t, t):
         """obs (B, obs_dim), a_t (B, N, d), t () or (B,) -> (B, N, d)"""
         angles = t[..., None] * self.frequencies
-        embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).to(obs.dtype)
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)
         time_features = self.time_mlp(embedding).expand(len(obs), 16)
         return self.mlp(torch.cat([obs, time_features], dim=1), a_t)
 
@@ -438,7 +438,7 @@ def make_env(env_id, video_folder=None):
     """A task with flat observations and actions in [-1, 1]^d, filmed if there is a folder."""
     env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
     if video_folder:
-        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda i: i == 0)
+        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda i: i == 0)
 
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or not space.is_bounded():
@@ -594,7 +594,7 @@ def main(argv=None):
     torch.set_flush_denormal(True)  # Tiny numbers slow CPUs down.
     torch.manual_seed(args.seed + step)
     np.random.seed(args.seed + step)  # Some tasks use it.
-    mujoco.set_mju_user_warning(warnings.warn)  # Show each warning once.
+    mujoco.set_mju_user_warning(warnings.warn)  # not into MUJOCO_LOG.TXT
     warnings.filterwarnings("ignore", message=".*out of date|compiler attribute")  # of v4 tasks
 
     try:
@@ -658,8 +658,8 @@ def main(argv=None):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if agent.exit_status:
-        print(f"Saving. Go on with: python {sys.argv[0]} --resume {run_dir}")
         save_checkpoint(run_dir, agent, buffer)
+        print(f"Saved. Go on with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(agent.exit_status)
     print(f"Film it: python {sys.argv[0]} --evaluate {run_dir} --capture-video")
 

@@ -199,12 +199,28 @@ def test_a_signal_ends_the_run_in_order(train, at_step, capsys, number):
     at_step(34, lambda: send(number))
     assert end(train) == STATUS[number]
     assert load(the_run())["step"] == load(the_run(), "model.pt")["step"] == 34
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(rf"Saving. Go on with: python \S+ --resume {the_run()}", last)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"Saved. Go on with: python \S+ --resume {the_run()}", last)
     train("--evaluate", the_run())
     assert "\nevaluation at step 34: return " in capsys.readouterr().out
     train("--resume", the_run())
     assert evaluated_steps(the_run()) == [20, 40]
+
+
+def test_a_dead_terminal_costs_nothing(train, at_step, monkeypatch):
+    """Printing fails, for example after Ctrl-C has also ended `tee`. The checkpoint is there."""
+
+    def die():
+        monkeypatch.setattr(sdac, "print", fail, raising=False)
+        send(signal.SIGHUP)
+
+    def fail(*args, **kwargs):
+        raise BrokenPipeError
+
+    at_step(34, die)
+    with pytest.raises(BrokenPipeError):
+        train()
+    assert load(the_run())["step"] == 34
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -306,9 +322,9 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     lines = [process.stdout.readline() for _ in range(3)]
     assert lines[2].startswith("evaluation at step 40: ")
     os.killpg(process.pid, signal.SIGINT)
-    status, out, err = finish(process)
+    status, _, err = finish(process)
     (run_dir,) = tmp_path.glob("runs/*")
-    assert (status, err) == (130, "") and f"--resume runs/{run_dir.name}\n" in out
+    assert status == 130 and re.fullmatch(rf"Saved.* --resume runs/{run_dir.name}\n", err)
     assert load(run_dir)["step"] >= 40
 
 
