@@ -89,7 +89,7 @@ def draw(tasks, path):
             axis.fill_between(steps, low, high, alpha=0.2, linewidth=0, **style)
             if setting in PUBLISHED.get(task, {}):
                 dotted = axis.axhline(PUBLISHED[task][setting], linestyle=":", **style)
-                lines[f"{label(setting)}, published"] = dotted
+                lines[f"{label(setting)}, by others"] = dotted
         seeds = sorted({len(runs) for runs in of_task.values()})
         title = f"{task}, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
         axis.set(title=title, xlabel="environment steps", ylabel="return")
@@ -105,7 +105,7 @@ def draw(tasks, path):
 def table(tasks):
     """Markdown, a line for each setting on each task."""
     lines = [
-        "| task | | seeds | steps | updates | last | best | minutes | published |",
+        "| task | | seeds | steps | updates | last | best | minutes | by others |",
         "|---" * 9 + "|",
     ]
     for task, of_task in tasks.items():

@@ -407,7 +407,7 @@ def test_the_picture_has_the_means_and_the_published_returns(tmp_path, monkeypat
         ((0, 1), (sac_published, sac_published)),
     ]
     texts = [text.get_text() for text in figures[0].legends[0].texts]
-    assert texts == ["SDAC", "SDAC, published", "SAC", "SAC, published"]
+    assert texts == ["SDAC", "SDAC, by others", "SAC", "SAC, by others"]
     low, high = axis.collections[0].get_paths()[0].get_extents().intervaly
     assert (low, high) == (0, 40)  # With two seeds the interval reaches from one to the other.
 
