@@ -232,9 +232,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs, explore=True):
         """Return actions (B, d): samples of the policy, or the tanh of its mean."""
-        if explore:
-            return sample_actions(self.policy, obs)[0]
-        return self.policy(obs)[0].tanh()
+        return sample_actions(self.policy, obs)[0] if explore else self.policy(obs)[0].tanh()
 
     def update(self, batch, progress):
         """Learn from a batch of transitions. `progress` goes from 0, at the first update, to 1."""
@@ -322,6 +320,7 @@ def evaluate(agent, run_dir, step):
         running &= ~(terminations | truncations)
     envs.close()
     tqdm.write(f"evaluation at step {step}: return {returns.mean():.1f} +/- {returns.std():.1f}")
+    sys.stdout.flush()  # into a log file, too
     return returns.mean().item(), returns.std().item()
 
 
@@ -409,8 +408,9 @@ def parse_args(argv):
     """Return the arguments, and the saved state of a run to resume or evaluate."""
     args = tyro.cli(Args, args=argv)
     state = None
-    if args.resume or args.evaluate:
-        path = Path(args.evaluate or args.resume, "model.pt" if args.evaluate else "checkpoint.pt")
+    run = args.resume if args.evaluate is None else args.evaluate
+    if run is not None:
+        path = Path(run, "checkpoint.pt" if args.evaluate is None else "model.pt")
         try:
             state = torch.load(path, map_location="cpu")
             assert state["args"].keys() == vars(args).keys()
@@ -506,5 +506,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # Show each line at once, in a log file too.
     main()

@@ -479,6 +479,7 @@ def evaluate(agent, run_dir, step):
         running &= ~(terminations | truncations)
     envs.close()
     tqdm.write(f"evaluation at step {step}: return {returns.mean():.1f} +/- {returns.std():.1f}")
+    sys.stdout.flush()  # into a log file, too
     return returns.mean().item(), returns.std().item()
 
 
@@ -568,8 +569,9 @@ def parse_args(argv):
     defaults = Args(published=True, **PUBLISHED) if published else Args()
     args = tyro.cli(Args, args=argv, default=defaults)
     state = None
-    if args.resume or args.evaluate:
-        path = Path(args.evaluate or args.resume, "model.pt" if args.evaluate else "checkpoint.pt")
+    run = args.resume if args.evaluate is None else args.evaluate
+    if run is not None:
+        path = Path(run, "checkpoint.pt" if args.evaluate is None else "model.pt")
         try:
             state = torch.load(path, map_location="cpu")
             assert state["args"].keys() == vars(args).keys()
@@ -665,5 +667,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # Show each line at once, in a log file too.
     main()

@@ -416,6 +416,7 @@ def test_files_that_are_no_run_of_this_script_are_refused(train, refused):
         assert refused(flag, run_dir) == sentence
         path.unlink()
         assert refused(flag, run_dir) == sentence
+        assert refused(flag, "") == f"{name} is missing, damaged or not of this script"
         assert "not of this script" in refused(flag, other)
     assert files(other) == before
 
