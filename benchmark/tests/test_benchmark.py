@@ -582,6 +582,7 @@ def test_the_gradient_through_sampling_is_that_of_finite_differences(agent_and_b
     for name, table in vars(agent.schedule).items():
         if name != "initial_std":
             setattr(agent.schedule, name, table.double())
+    agent.policy.frequencies = agent.policy.frequencies.double()
     found = gradient(speed.WAYS["through sampling"], agent, obs, actions)
     torch.manual_seed(3)
     direction = torch.randn_like(found)
