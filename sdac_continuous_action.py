@@ -73,7 +73,7 @@ class Args:
     eval_episodes: int = 10
 
     gamma: float = 0.99  # discount factor
-    tau: float = 0.01  # rate of the moving averages, per policy update
+    tau: float = 0.01  # rate of the moving averages of networks, per policy update
     batch_size: int = 256  # transitions
     policy_lr: float = 1e-3  # learning rate at the start
     q_lr: float = 1e-3  # the same for the critics
@@ -320,7 +320,7 @@ class Agent(nn.Module):
         self.average_policy = copy.deepcopy(self.policy)
         self.target_critics = copy.deepcopy(self.critics)
         self.register_buffer("exploration_std", torch.tensor(args.exploration_start))
-        self.progress = torch.tensor(0.0)  # of the training, for CUDA graphs
+        self.progress = torch.tensor(0.0)  # share of the training done; CUDA graphs read it
         self.schedule = NoiseSchedule(args.denoising_steps, args.published)
 
         adam = partial(torch.optim.Adam, fused=True, capturable=torch.empty(0).is_cuda)
@@ -410,7 +410,7 @@ class Agent(nn.Module):
         a_hat, eps_hat = reverse_samples(self.schedule, a_t, t, m, args.published)
         if not args.published:
             # Few guesses are good. So in the second half of training the first becomes the policy's
-            # own action. It is not drawn from φ: this bias makes the policy greedier.
+            # own action behind a_t. It is not drawn from φ: this bias makes the policy greedier.
             late = self.progress > 0.5
             a_hat[:, 0] = torch.where(late, actions, a_hat[:, 0])
             eps_hat[:, 0] = torch.where(late, eps, eps_hat[:, 0])
