@@ -73,7 +73,7 @@ def interval(sample):
 
 def draw(tasks, path):
     settings = list(dict.fromkeys(setting for runs in tasks.values() for setting in runs))
-    columns = min(len(tasks), 4)
+    columns = 2 if len(tasks) == 4 else min(len(tasks), 3)
     rows = math.ceil(len(tasks) / columns)
     figure = Figure((4.4 * columns, 3.4 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
