@@ -6,7 +6,7 @@ E[Q(s, a) - α log π(a|s)], and α is tuned so that the entropy of the policy s
     python sac_continuous_action.py --env-id Humanoid-v4
 
 Paper: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
-The rest is SDAC's, even its one update per joint step of 5 environments (usual: of one).
+The rest is SDAC's, even its one update per joint step of 5 environments (usually it is of one).
 """
 
 import copy

@@ -1,10 +1,10 @@
 """Soft Diffusion Actor-Critic (SDAC) in one file: reinforcement learning with a diffusion policy.
 
-The goal is the policy π(a|s) ∝ exp(Q(s, a) / λ). Mix an action of π with noise ε into a_t. If a
-network predicts E[ε | a_t, s], the mean of ε given the mixture, it can turn pure noise into samples
-of π in T steps: a diffusion model. But there are no samples of π to train it with. So reweighted
-score matching (RSM) takes any a_t, guesses the action behind it M times, and averages the noises
-that the guesses imply, with weights ∝ exp(Q / λ). No gradient passes through the T steps.
+The goal is the policy π(a|s) ∝ exp(Q(s, a) / λ). Let a_t be an action of π mixed with noise ε. If
+a network predicts E[ε | a_t, s], the mean noise in a_t, it can turn pure noise into samples of π in
+T steps: a diffusion model. But there are no samples of π to train it with. So reweighted score
+matching (RSM) takes any a_t, guesses the action behind it M times, and averages the noises that the
+guesses imply, with weights ∝ exp(Q / λ). No gradient passes through the T steps.
 
     python sdac_continuous_action.py --env-id Humanoid-v4
     python sdac_continuous_action.py --evaluate runs/<run> --capture-video
@@ -12,11 +12,11 @@ that the guesses imply, with weights ∝ exp(Q / λ). No gradient passes through
 
 Paper: Ma et al., "Efficient Online Reinforcement Learning for Diffusion Policy", arXiv 2502.00361.
 Notation: s is an observation, a_0 an action in [-1, 1]^d, ε standard normal noise, and
-a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise level (diffusion time): level 0
-has the least noise, a_0 none. Q̄ is a target critic. A batch has B states. Particles are actions
-that the policy proposes, K per state; reverse samples are the guesses â of a_0, M per state.
-Noise levels, reverse samples, λ and learning rates differ from the authors' code, as the README
-explains. --published comes close to theirs.
+a_t = √ᾱ_t a_0 + √(1-ᾱ_t) ε a noised action. t = 0..T-1 is the noise level (diffusion time). Even
+level 0 has a little noise: a_0 is always the clean action. Q̄ is a target critic. A batch has B
+states. Particles are actions that the policy proposes, K per state; reverse samples are the guesses
+â of a_0, M per state. Noise levels, reverse samples, λ and learning rates differ from the authors'
+code, as the README explains. --published comes close to theirs.
 """
 
 import copy
@@ -215,8 +215,8 @@ class NoiseSchedule:
 
 @torch.no_grad()
 def sample_actions(denoiser, critics, schedule, obs, shape):
-    """Denoise K particles per state, and return the one with the largest min_j Q_j: better by the
-    critics than one sample of π.
+    """Denoise K particles per state, and return the one with the largest min_j Q_j, which the
+    critics rate above a typical sample of π.
     obs (B, obs_dim), shape (B, K, d) -> actions (B, d) in [-1, 1]"""
     a_t = schedule.initial_std * torch.randn(shape)
     for t in reversed(range(len(schedule.signal))):
@@ -232,8 +232,8 @@ def sample_actions(denoiser, critics, schedule, obs, shape):
 
 def sample_truncated_normal(mean, std, uniform):
     """Draw from N(mean, std²) restricted to [-1, 1]: Φ⁻¹ of a uniform number between the Φ of both
-    ends, where Φ is the CDF of N(0, 1). float32 is precise near Φ = 0 but not near Φ = 1, where the
-    box lies if the mean is negative. So the sample is drawn for |mean|, and mirrored.
+    ends, where Φ is the CDF of N(0, 1). A negative mean would put the box where Φ is near 1, and
+    float32 is not precise there. So the sample is drawn for |mean|, and mirrored.
     mean (B, 1, d), std (B, 1, 1), uniform (B, M, d) -> (B, M, d)"""
     low = (-1 - mean.abs()) / std
     high = (1 - mean.abs()) / std
@@ -409,8 +409,9 @@ class Agent(nn.Module):
         m = args.num_reverse_samples
         a_hat, eps_hat = reverse_samples(self.schedule, a_t, t, m, args.published)
         if not args.published:
-            # Few guesses are good. So in the second half of training the first becomes the policy's
-            # own action behind a_t. It is not drawn from φ: this bias makes the policy greedier.
+            # Few guesses are good. So the first becomes the policy's own action behind a_t, in the
+            # second half of training, for earlier it slowed a trial. The action is not drawn from
+            # φ: this bias makes the policy greedier.
             late = self.progress > 0.5
             a_hat[:, 0] = torch.where(late, actions, a_hat[:, 0])
             eps_hat[:, 0] = torch.where(late, eps, eps_hat[:, 0])
