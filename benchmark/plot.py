@@ -4,9 +4,9 @@
 
 Writes curves.png and table.md into each folder. Curves: mean over seeds of the return of an
 evaluation, with 95% bootstrap intervals of that mean (percentile method, seeds resampled; with
-three seeds a rough one). Dotted: what others found, at best, within a million steps. Table: the
-last and the best evaluation, mean ± standard deviation over seeds. Seeds of unequal length are cut
-to the steps that all have.
+three seeds a rough one). Dotted: what others found, at best, within a million steps. If tasks have
+two settings or more, those with only one are left out. Table: the last and the best evaluation,
+mean ± standard deviation over seeds. Seeds of unequal length are cut to the steps that all have.
 """
 
 import csv
@@ -72,6 +72,8 @@ def interval(sample):
 
 
 def draw(tasks, path):
+    # A task with a single curve compares nothing, where others have several.
+    tasks = {task: runs for task, runs in tasks.items() if len(runs) > 1} or tasks
     settings = list(dict.fromkeys(setting for runs in tasks.values() for setting in runs))
     columns = 2 if len(tasks) == 4 else min(len(tasks), 3)
     rows = math.ceil(len(tasks) / columns)
@@ -95,7 +97,7 @@ def draw(tasks, path):
         axis.set(title=title, xlabel="environment steps", ylabel="return")
         axis.locator_params("x", nbins=5)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1M
-        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_major_formatter("{x:,.6g}")  # 2,500 and -3.5
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=2 * columns)

@@ -396,6 +396,7 @@ def test_the_picture_has_the_means_and_the_published_returns(tmp_path, monkeypat
     write_result(tmp_path, "sac", 1, [7, 8])
     write_result(tmp_path, "sdac", 1, [10, 40])
     write_result(tmp_path, "sdac", 2, [0, 30])
+    write_result(tmp_path, "sac", 1, [9, 9], task="Reacher-v4")  # without SDAC: not drawn
     plot.draw(plot.read(tmp_path), tmp_path / "curves.png")
     (axis,) = figures[0].axes
     lines = [(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in axis.lines]
