@@ -4,9 +4,10 @@
 
 Writes curves.png and table.md into each folder. Curves: mean over seeds of the return of an
 evaluation, with 95% bootstrap intervals of that mean (percentile method, seeds resampled; with
-three seeds a rough one). Dotted: what others found, at best, within a million steps. If tasks have
-two settings or more, those with only one are left out. Table: the last and the best evaluation,
-mean ± standard deviation over seeds. Seeds of unequal length are cut to the steps that all have.
+three seeds a rough one). Dotted: what others found, at best, within a million steps. If some
+tasks have several settings, those with one are not drawn. Table: the last and the best evaluation
+of every task, mean ± standard deviation over seeds. Seeds of unequal length are cut to the steps
+that all have.
 """
 
 import csv
